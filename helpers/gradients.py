@@ -1,0 +1,163 @@
+"""Per-token gradients of every linear layer, one batch at a time: what the factors and the scores are both made of."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .head import head_gradient
+from .layers import capture
+from .tasks import IGNORED, causal_lm, draw_targets, keyed_uniforms, summed_loss, targets_per_example
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """One batch. inputs: {layer: ā [B, T, d_in (+1)]}; outputs: {layer: Ds = ∂L/∂s [B, T, d_out]}; both 0 on pads.
+
+    T is 1 for a layer without a token axis. `real`: {layer: [B, T] bool or None where every position is real};
+    `hidden`: ∂L/∂h at the rows with a target, kept to skip the output head in another pass, or None.
+    """
+
+    inputs: dict
+    outputs: dict
+    real: dict
+    hidden: torch.Tensor | None = None
+
+
+def token_gradients(model, batch, layers, task, seed=None, fast=False, hidden=None):
+    """TokenGradients of the summed loss of `batch`; with a seed, of labels drawn from the model's own predictions.
+
+    `fast`: the closed form for the output head (see `has_fast_head`), with `hidden` of an earlier pass if at hand.
+    The model must be `frozen`. Raises ValueError for a layer that the loss does not depend on.
+    """
+    with torch.enable_grad(), capture(model, layers) as taken:
+        if fast:
+            top, upstream, hidden = _head_upstream(model, batch, seed, hidden)
+        else:
+            outputs, targets = task(model, batch)
+            if seed is not None:
+                targets = draw_targets(outputs, targets, keyed_uniforms(batch, targets, seed))
+            top, upstream = summed_loss(outputs, targets), None
+        for name in layers:
+            _check_taken(taken, name, batch)
+        gradients = torch.autograd.grad(top, [taken[name][1] for name in layers], upstream, allow_unused=True)
+    read = {name: _one_layer(model, batch, name, taken[name][0], grad) for name, grad in zip(layers, gradients)}
+    return TokenGradients(*({name: value[i] for name, value in read.items()} for i in range(3)), hidden)
+
+
+def _head_upstream(model, batch, seed, hidden):
+    """The last hidden state h [B, T, d], ∂L/∂h of the same shape, and its rows with a target [n, d]."""
+    h = model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)[0]
+    targets = batch["labels"][:, 1:]
+    rows = targets != IGNORED
+    if hidden is None:
+        uniforms = None if seed is None else keyed_uniforms(batch, targets, seed)[rows]
+        hidden = head_gradient(h.detach()[:, :-1][rows], model.get_output_embeddings(), targets[rows], uniforms)
+    upstream = torch.zeros_like(h)
+    upstream[:, :-1][rows] = hidden
+    return h, upstream, hidden
+
+
+def _check_taken(taken, name, batch):
+    if name not in taken:
+        raise ValueError(f"layers: {name!r} was not called in the forward pass: leave it out of the pattern")
+    a, s, version = taken[name]
+    examples = len(next(iter(batch.values())))
+    if len(a) != examples:
+        raise ValueError(f"layers: {name!r} got an input of shape {tuple(a.shape)} for {examples} examples; its first "
+                         "axis must be the example: leave it out of the pattern")
+    if s._version != version:
+        raise ValueError(f"layers: the output of {name!r} is changed in place after the layer (an in-place activation?),"
+                         " which hides its gradient: make that operation out of place")
+
+
+def _one_layer(model, batch, name, a, grad):
+    """(ā, Ds, real) of one layer, as [B, T, ·], with pads at 0 and the bias column of ones last."""
+    if grad is None:
+        raise ValueError(f"layers: the loss does not depend on {name!r}: leave it out of the pattern")
+    mask, tokens = batch.get("attention_mask"), a.dim() > 2
+    a, grad = (x.flatten(1, -2) if tokens else x[:, None] for x in (a, grad))
+    if model.get_submodule(name).bias is not None:
+        a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
+    real = mask.bool() if tokens and mask is not None and mask.shape == a.shape[:2] else None
+    if real is None or bool(real.all()):
+        return a, grad, None
+    pads = ~real[..., None]
+    return a.masked_fill(pads, 0), grad.masked_fill(pads, 0), real
+
+
+def has_fast_head(model, batch, layers, task):
+    """Whether the closed form for the output head gives, on this batch, the Ds that autograd through `task` gives.
+
+    False for another task, a studied head, a model without `get_output_embeddings`, and wherever scaling, a soft-cap
+    or anything else stands between the hidden state and the logits: those go the general way.
+    """
+    head = model.get_output_embeddings() if task is causal_lm and hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, torch.nn.Linear) or any(model.get_submodule(name) is head for name in layers):
+        return False
+    if not hasattr(model, "base_model") or model.base_model is model:
+        return False
+    slow = token_gradients(model, batch, layers, task).outputs
+    fast = token_gradients(model, batch, layers, task, fast=True).outputs
+    rtol = 1000 * torch.finfo(next(iter(slow.values())).dtype).eps
+    return all((slow[name] - fast[name]).norm() <= rtol * slow[name].norm() for name in layers)
+
+
+def check_targets(batches, task, argument):
+    """Raises ValueError for no batches, an empty one, or an example that takes no loss (which batch, which row)."""
+    if not len(batches):
+        raise ValueError(f"{argument}: got no batches; tokenize(texts, tokenizer) makes them")
+    for number, batch in enumerate(batches):
+        if not len(next(iter(batch.values()))):
+            raise ValueError(f"{argument}: batch {number} has no examples; leave it out")
+        if task is not causal_lm:
+            continue
+        taken = targets_per_example(batch["labels"][:, 1:])
+        if not bool(taken.all()):
+            row = int(taken.eq(0).nonzero()[0])
+            raise ValueError(f"{argument}: batch {number}, row {row} has no target (every label after the first is "
+                             "-100): give at least two tokens, the last of them labelled")
+
+
+def finite(value, name, rows):
+    """`value`, or ValueError where it holds NaN or infinity, with the layer and the examples."""
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"batches: NaN or infinite gradients in layer {name!r}, in the batch of examples "
+                         f"{rows.tolist()} (numbered in the order given)")
+    return value
+
+
+def by_length(batches):
+    """[(rows [B], batch)]: the examples regrouped by length into batches as large as the largest, pads trimmed.
+
+    `rows` index the examples in their given order. Only language-model batches (2-D `input_ids` and `attention_mask`)
+    are regrouped; others come back as they are. Left padding stays, since positions may count it.
+    """
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    if not all({"input_ids", "attention_mask"} <= set(batch) and batch["input_ids"].dim() == 2 for batch in batches):
+        return list(zip(torch.arange(sum(sizes)).split(sizes), batches))
+    examples = [(batch, row) for batch, size in zip(batches, sizes) for row in range(size)]
+    lengths = [length for batch in batches for length in _lengths(batch["attention_mask"]).tolist()]
+    order = sorted(range(len(examples)), key=lambda i: lengths[i])
+    groups = [order[i:i + max(sizes)] for i in range(0, len(order), max(sizes))]
+    return [(torch.tensor(group), _gather([examples[i] for i in group], lengths[group[-1]])) for group in groups]
+
+
+def _lengths(mask):
+    """Columns up to the last real one, [B]."""
+    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+
+
+def _gather(examples, length):
+    """One batch of the given (batch, row) pairs: token axes cut or padded on the right to `length`."""
+    out = {}
+    for key in examples[0][0]:
+        values = []
+        for batch, row in examples:
+            value = batch[key][row]
+            if batch[key].shape[:2] == batch["input_ids"].shape:
+                short = value[:length]
+                value = short.new_full((length, *short.shape[1:]), IGNORED if key == "labels" else 0)
+                value[: len(short)] = short
+            values.append(value)
+        out[key] = torch.stack(values)
+    return out

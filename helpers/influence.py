@@ -1,0 +1,148 @@
+"""Influence scores: I(query, train) = Σ over layers of ⟨P(∇L_query), ∇L_train⟩. Positive = proponent."""
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .ekfac import fingerprint, rotated_gradients
+from .gradients import by_length, check_targets, finite, has_fast_head, token_gradients
+from .layers import frozen, layer_shapes
+from .tasks import causal_lm
+
+PER = ("sequence", "token", "layer", ("layer", "token"))
+
+
+def influence(model, factors, queries, train, task=causal_lm, damping=None, rank=None, per="sequence", progress=True):
+    """Scores of every training example for every query, of summed losses (Grosse et al. 2023, section 2.1).
+
+    Up-weighting example m by ε changes the query's loss by −ε I to first order; removal is ε = −1/N. On a *loss*, the
+    up-weighting influence of Koh & Liang (2017) is −I. All layers of `factors` take part, and no other parameter.
+
+    per: "sequence" [query, train]; "token" [query, train, seq], where [.., t] belongs to the position that reads token
+    t and predicts t+1, 0 on pads; "layer" and ("layer", "token"): the same with a first axis for the layers of
+    `factors`, in order. seq is the widest `input_ids`. Sums over tokens and layers give the sequence score.
+    damping: see EKFACFactors.ihvp. rank: P(∇L_q) of each layer cut to this rank by SVD. Raises ValueError for factors
+    of another model, and as fit_ekfac does for bad batches.
+    """
+    if per not in PER:
+        raise ValueError(f"per must be one of {PER}, got {per!r}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be None or at least 1, got {rank}")
+    check_factors(model, factors)
+    check_targets(queries, task, "queries")
+    check_targets(train, task, "train")
+    tokens = per in ("token", ("layer", "token"))
+    with frozen(model):
+        gradients = sequence_gradients(model, queries, list(factors.A), task)
+        directions = factors.ihvp(gradients, damping)
+        if rank is not None:
+            directions = {name: truncate(value, rank) for name, value in directions.items()}
+        score = _token_scores if tokens else _sequence_scores
+        scores = _collect(model, train, directions, task, score, "layer" in per, progress)
+    return scores
+
+
+def check_factors(model, factors):
+    """Raises ValueError where the factors were fitted on other layers or another model."""
+    layers = list(factors.A)
+    for name, shape in layer_shapes(model, layers).items():
+        if tuple(factors.Lambda[name].shape) != shape:
+            raise ValueError(f"factors: Lambda of {name!r} is {tuple(factors.Lambda[name].shape)}, the layer's gradient "
+                             f"is {shape}: these are the factors of another model")
+    if factors.fingerprint and factors.fingerprint != fingerprint(model, layers):
+        raise ValueError("factors: they were fitted at other weights than this model's; fit again, or say that you "
+                         'mean it with dataclasses.replace(factors, fingerprint="")')
+
+
+def sequence_gradients(model, batches, layers, task=causal_lm):
+    """{layer: [example, d_out, d_in (+1)]}: gradients of each example's summed loss, in the order given."""
+    groups = by_length(batches)
+    order = torch.cat([rows for rows, _ in groups]).argsort()
+    parts = {name: [] for name in layers}
+    with frozen(model):
+        fast = has_fast_head(model, groups[0][1], layers, task)
+        for rows, batch in groups:
+            got = token_gradients(model, batch, layers, task, fast=fast)
+            for name in layers:
+                parts[name].append(finite(got.outputs[name].transpose(1, 2) @ got.inputs[name], name, rows))
+    return {name: torch.cat(value)[order] for name, value in parts.items()}
+
+
+def truncate(V, rank):
+    """(U [.., d_out, rank], W [.., rank, d_in]): U W is the best approximation of V of that rank (SVD in float64)."""
+    U, sizes, W = torch.linalg.svd(V.double(), full_matrices=False)
+    return (U[..., :rank] * sizes[..., None, :rank]).to(V), W[..., :rank, :].to(V)
+
+
+def _sequence_scores(a, ds, V):
+    """[query, B]: ⟨V, Σ_t Ds_t ā_tᵀ⟩; the gradient of each example is formed once for all queries."""
+    V = V[0] @ V[1] if isinstance(V, tuple) else V
+    return V.flatten(1) @ (ds.transpose(1, 2) @ a).flatten(1).T
+
+
+def _token_scores(a, ds, V):
+    """[query, B, T]: Ds_tᵀ V ā_t; with V = U W, (Uᵀ Ds_t) · (W ā_t)."""
+    if isinstance(V, tuple):
+        return torch.stack([(ds @ U).mul_(a @ W.T).sum(2) for U, W in zip(*V)])
+    if a.shape[2] <= ds.shape[2]:
+        return torch.stack([(ds @ v).mul_(a).sum(2) for v in V])
+    return torch.stack([(a @ v.T).mul_(ds).sum(2) for v in V])
+
+
+def _collect(model, train, directions, task, score, by_layer, progress):
+    """Scores of every training batch, in the order given: [query, train (, seq)], with a first axis where by_layer."""
+    groups, layers = by_length(train), list(directions)
+    fast = has_fast_head(model, groups[0][1], layers, task)
+    n, out = sum(len(rows) for rows, _ in groups), None
+    for rows, batch in tqdm(groups, "influence", disable=not progress):
+        got = token_gradients(model, batch, layers, task, fast=fast)
+        for number, name in enumerate(layers):
+            value = finite(score(got.inputs[name], got.outputs[name], directions[name]), name, rows)
+            value = value if value.dim() == 3 else value[..., None]
+            if out is None:
+                out = value.new_zeros(len(layers) if by_layer else 1, len(value), n, 1)
+            if value.shape[2] > out.shape[3]:
+                out = F.pad(out, (0, value.shape[2] - out.shape[3]))
+            out[number if by_layer else 0][:, rows, : value.shape[2]] += value
+    if score is _sequence_scores:
+        out = out[..., 0]
+    elif "input_ids" in train[0]:
+        out = F.pad(out, (0, max(batch["input_ids"].shape[-1] for batch in train) - out.shape[3]))
+    return out if by_layer else out[0]
+
+
+def self_influence(model, factors, train, task=causal_lm, damping=None, progress=True):
+    """I(m, m) = Σ over layers of ⟨P(∇L_m), ∇L_m⟩, [train]; arguments and errors as in `influence`."""
+    check_factors(model, factors)
+    check_targets(train, task, "train")
+    groups, layers = by_length(train), list(factors.A)
+    scale = {name: factors.damped(name, damping).rsqrt() for name in layers}
+    scores = torch.zeros(sum(len(rows) for rows, _ in groups), dtype=torch.float64)
+    with frozen(model):
+        fast = has_fast_head(model, groups[0][1], layers, task)
+        for rows, batch in tqdm(groups, "self-influence", disable=not progress):
+            got = token_gradients(model, batch, layers, task, fast=fast)
+            for name in layers:
+                a, ds = got.inputs[name], got.outputs[name]
+                turned = rotated_gradients(a, ds, factors.Q_A[name].to(a), factors.Q_S[name].to(a))
+                scores[rows] += finite((turned * scale[name]).square_().sum((1, 2)), name, rows).cpu()
+    return scores.to(a.dtype)
+
+
+def top_k(scores, k):
+    """A DataFrame (query, rank, train, score): for every query its k most helpful, then its k most harmful, best first.
+
+    scores: [query, train]. rank counts 1..k from the most helpful, and −1..−k from the most harmful. Raises ValueError
+    where k is below 1 or 2k is above the number of training examples.
+    """
+    scores = torch.as_tensor(scores)
+    if scores.dim() != 2 or not 1 <= k <= scores.shape[1] // 2:
+        raise ValueError(f"k={k} with scores of shape {tuple(scores.shape)}: scores must be [query, train], and k "
+                         "from 1 to half of the training examples")
+    order = scores.argsort(1, descending=True)
+    order = torch.cat([order[:, :k], order.flip(1)[:, :k]], 1)
+    ranks = [*range(1, k + 1), *range(-1, -k - 1, -1)]
+    rows = [(query, rank, int(m), float(scores[query, m])) for query, found in enumerate(order)
+            for rank, m in zip(ranks, found)]
+    return pd.DataFrame(rows, columns=["query", "rank", "train", "score"])

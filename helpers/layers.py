@@ -1,0 +1,95 @@
+"""Which layers are studied, and how their inputs and output gradients are read off a model."""
+
+import re
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def linear_layers(model, pattern):
+    """Names of the `nn.Linear` and GPT-2 `Conv1D` modules of `model` that `re.search(pattern, name)` finds, in order.
+
+    Raises ValueError where nothing is matched (the names there are, are listed) and where a matched module shares its
+    weight with another one (a tied output head: its gradient would be half of the truth).
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    found = [name for name in linear if re.search(pattern, name)]
+    if not found:
+        names = ", ".join(linear) or "none"
+        raise ValueError(f"layers matched nothing for pattern {pattern!r} in {type(model).__name__}; "
+                         f"linear layers are {names}")
+    for name in found:
+        check_layer(model, name)
+    return found
+
+
+def check_layer(model, name):
+    """The module called `name`; raises ValueError where it is missing, not linear, or shares its weight."""
+    modules = dict(model.named_modules())
+    module = modules.get(name)
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        kind = "no such module" if module is None else type(module).__name__
+        raise ValueError(f"layers: {name!r} is {kind} in {type(model).__name__}; "
+                         "EK-FAC takes nn.Linear and Conv1D: choose with linear_layers(model, pattern)")
+    shared = [other for other, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight]
+    if shared:
+        raise ValueError(f"layers: {name!r} shares its weight with {shared[0]!r}; its gradient has a part that a "
+                         "linear layer's hooks do not see: leave it out of the pattern")
+    return module
+
+
+def layer_shapes(model, layers):
+    """{layer: (d_out, d_in + 1 if it has a bias else d_in)}."""
+    shapes = {}
+    for name in layers:
+        module = check_layer(model, name)
+        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        shapes[name] = (d_out, d_in + (module.bias is not None))
+    return shapes
+
+
+@contextmanager
+def frozen(model):
+    """Evaluation mode and no parameter gradients inside; the model comes back as it was, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wants:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted in wants:
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def capture(model, layers):
+    """Inside, a forward pass of the (frozen) model fills `{layer: (input a, output s, s's version)}`, the dictionary given here.
+
+    The first captured output starts the autograd graph, so nothing below it is differentiated and no weight gradient is
+    formed. A layer that one forward pass calls twice is refused: its gradient is a sum that one pair cannot hold.
+    """
+    taken, handles = {}, []
+
+    def hook(name):
+        def read(module, inputs, output):
+            if name in taken:
+                raise ValueError(f"layers: {name!r} is called twice in one forward pass; EK-FAC needs one call: "
+                                 "leave it out of the pattern")
+            if not output.requires_grad and torch.is_grad_enabled():
+                output.requires_grad_()
+            taken[name] = (inputs[0].detach(), output, output._version)
+        return read
+
+    try:
+        for name in layers:
+            handles.append(check_layer(model, name).register_forward_hook(hook(name)))
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,100 @@
+"""What a model is asked: its outputs, its targets, its loss, and labels drawn from its own predictions.
+
+A task is a function `(model, batch) -> (outputs [batch, ..., C], targets [batch, ...])`. Integer targets are
+categorical and -100 is ignored; floating targets [batch, ..., C] are Gaussian with unit variance.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100
+
+
+def causal_lm(model, batch):
+    """Next-token prediction: logits [B, T-1, V] at positions 0..T-2 and the labels [B, T-1] of positions 1..T-1."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    return logits[:, :-1], batch["labels"][:, 1:]
+
+
+def classification(model, batch):
+    """One label an example: logits [B, C] of `model(**inputs)` and integer labels [B]."""
+    return _outputs(model, batch), batch["labels"]
+
+
+def regression(model, batch):
+    """Gaussian targets: outputs [B, C] of `model(**inputs)` and floating labels [B, C] (or [B] where C is 1)."""
+    outputs = _outputs(model, batch)
+    return outputs, batch["labels"].to(outputs.dtype).reshape(outputs.shape)
+
+
+def _outputs(model, batch):
+    out = model(**{key: value for key, value in batch.items() if key != "labels"})
+    return getattr(out, "logits", out)
+
+
+def summed_loss(outputs, targets):
+    """Loss summed over examples and unmasked targets, in nats: cross-entropy, or ½‖y − f‖² for floating targets."""
+    if targets.is_floating_point():
+        return 0.5 * (targets - outputs).square().sum()
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def targets_per_example(targets):
+    """How many losses each example takes, [B]."""
+    taken = torch.ones_like(targets) if targets.is_floating_point() else targets.ne(IGNORED)
+    return taken.flatten(1).sum(1) if taken.dim() > 1 else taken.long()
+
+
+def draw_targets(outputs, targets, uniforms):
+    """Labels from the model's own predictive distribution (the true Fisher; Kunstner et al. 2019, section 2).
+
+    outputs [..., C]; targets [...] or, floating, [..., C]; uniforms of targets' shape, in (0, 1). One draw a target;
+    -100 stays -100. Categorical draws invert the distribution function, Gaussian ones the normal's.
+    """
+    if targets.is_floating_point():
+        return outputs.detach() + torch.special.ndtri(uniforms).to(outputs.dtype)
+    cdf = outputs.detach().double().softmax(-1).cumsum(-1)
+    drawn = (cdf < uniforms[..., None] * cdf[..., -1:]).sum(-1).clamp_(max=cdf.shape[-1] - 1)
+    return torch.where(targets == IGNORED, targets, drawn)
+
+
+def keyed_uniforms(batch, targets, seed):
+    """Uniforms in (0, 1), float64, of the shape of `targets`, keyed by (seed, unpadded inputs of the example, position).
+
+    Neither padding nor the order or size of batches changes them. The key is a BLAKE2b digest, the stream SplitMix64
+    (Steele et al. 2014).
+    """
+    keys = np.array([_key(batch, row, seed) for row in range(len(targets))], dtype=np.uint64)
+    flat = targets.reshape(len(targets), -1)
+    steps = _positions(batch, targets)
+    counter = keys[:, None] + (steps + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (counter ^ (counter >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
+    return torch.from_numpy((z + 0.5) / 2.0**53).reshape(len(targets), *targets.shape[1:]).to(flat.device)
+
+
+def _key(batch, row, seed):
+    """64 bits from the seed and everything the model reads of one example; pads are left out."""
+    mask = batch.get("attention_mask")
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
+    for name in sorted(set(batch) - {"labels", "attention_mask"}):
+        value = batch[name][row]
+        if mask is not None and value.shape[:1] == mask.shape[1:]:
+            value = value[mask[row].bool()]
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _positions(batch, targets):
+    """Index of every target within its example, counting real positions only, as uint64 [B, targets an example]."""
+    per_step = targets[0].numel() // targets.shape[1] if targets.dim() > 1 else 1
+    steps = torch.arange(targets[0].numel() // per_step).expand(len(targets), -1)
+    mask = batch.get("attention_mask")
+    if mask is not None and targets.dim() > 1 and 0 <= mask.shape[1] - targets.shape[1] <= 1:
+        steps = mask.cpu().long().cumsum(1)[:, : targets.shape[1]]
+    inner = torch.arange(per_step)
+    return (steps[..., None] * per_step + inner).flatten(1).numpy().astype(np.uint64)
