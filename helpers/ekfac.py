@@ -77,7 +77,7 @@ class EKFACFactors:
         """The factors that `save` wrote; raises FileNotFoundError or ValueError where there are none."""
         path = Path(directory) / "factors.safetensors"
         if not path.exists():
-            raise FileNotFoundError(f"directory: no factors.safetensors in {str(directory)!r}; EKFACFactors.save makes it")
+            raise FileNotFoundError(f"directory: {str(directory)!r} has no factors.safetensors; save makes it")
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("ekfac", "null"))
             if meta is None:

@@ -66,7 +66,7 @@ def _check_taken(taken, name, batch):
         raise ValueError(f"layers: {name!r} got an input of shape {tuple(a.shape)} for {examples} examples; its first "
                          "axis must be the example: leave it out of the pattern")
     if s._version != version:
-        raise ValueError(f"layers: the output of {name!r} is changed in place after the layer (an in-place activation?),"
+        raise ValueError(f"layers: the output of {name!r} is changed in place after it (an in-place activation?),"
                          " which hides its gradient: make that operation out of place")
 
 

@@ -48,8 +48,8 @@ def check_factors(model, factors):
     layers = list(factors.A)
     for name, shape in layer_shapes(model, layers).items():
         if tuple(factors.Lambda[name].shape) != shape:
-            raise ValueError(f"factors: Lambda of {name!r} is {tuple(factors.Lambda[name].shape)}, the layer's gradient "
-                             f"is {shape}: these are the factors of another model")
+            raise ValueError(f"factors: Lambda of {name!r} is {tuple(factors.Lambda[name].shape)}, that layer's "
+                             f"gradient is {shape}: these are the factors of another model")
     if factors.fingerprint and factors.fingerprint != fingerprint(model, layers):
         raise ValueError("factors: they were fitted at other weights than this model's; fit again, or say that you "
                          'mean it with dataclasses.replace(factors, fingerprint="")')

@@ -62,7 +62,7 @@ def draw_targets(outputs, targets, uniforms):
 
 
 def keyed_uniforms(batch, targets, seed):
-    """Uniforms in (0, 1), float64, of the shape of `targets`, keyed by (seed, unpadded inputs of the example, position).
+    """Uniforms in (0, 1), float64, of targets' shape, keyed by (seed, unpadded inputs of the example, position).
 
     Neither padding nor the order or size of batches changes them. The key is a BLAKE2b digest, the stream SplitMix64
     (Steele et al. 2014).

@@ -1,0 +1,13 @@
+"""Influence functions for language models: exact, iterative and EK-FAC. Start with notebooks/06_ekfac_tinystories."""
+
+from .batches import completions, token_span, tokenize
+from .checks import check_close, pick
+from .ekfac import EKFACFactors, fit_ekfac
+from .influence import influence, self_influence, top_k
+from .layers import linear_layers
+from .tasks import causal_lm, classification, regression
+
+__all__ = [
+    "EKFACFactors", "causal_lm", "check_close", "classification", "completions", "fit_ekfac", "influence",
+    "linear_layers", "pick", "regression", "self_influence", "token_span", "tokenize", "top_k",
+]
