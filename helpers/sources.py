@@ -57,12 +57,13 @@ def load_lm(source="bundled", checkpoint=None):
     if checkpoint is not None and source != "bundled":
         raise ValueError(f"checkpoint={checkpoint!r} is for source='bundled' only, not for source={str(source)!r}")
     place = _bundled_model(checkpoint) if source == "bundled" else _locate(source, HUB_MODEL)
-    if isinstance(place, Path) and not place.is_dir():
+    local = isinstance(place, Path)
+    if local and not place.is_dir():
         raise FileNotFoundError(f"source={str(source)!r}: {place} is no folder; a model is a folder with config.json")
     # A .bin file on the hub makes transformers ask a public service, in a background thread, to open a pull request
     # with a converted copy. Loading someone's model must not do that.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with _explained("model", place), _no_bars(isinstance(place, Path)):
+    with _explained("model", place), _no_bars(off=local):
         model, report = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -94,7 +95,9 @@ def load_stories(source="bundled", split="train", limit=None):
         rows = _read(_files(place, f"stories_{split}" if source == "bundled" else split), limit)
     else:
         with _explained("stories", place):
-            stream = datasets.load_dataset(place, split=split, streaming=True)
+            # Row group by row group: less is fetched, and pyarrow has no read in flight when we stop, which would
+            # abort Python if it ended then (apache/arrow issue 45214).
+            stream = datasets.load_dataset(place, split=split, streaming=True).reshard()
             rows = list(stream.take(limit or HUB_LIMIT))
     return _dataset(rows, place)
 
