@@ -22,7 +22,6 @@ import datasets
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -148,7 +147,7 @@ def _explained(what, place):
         if isinstance(place, Path):
             raise OSError(f"the {what} in {place} could not be loaded ({cause})") from error
         raise OSError(
-            f"the {what} {place!r} could not be loaded from {constants.ENDPOINT} ({cause}). Without network use "
+            f"the {what} {place!r} could not be loaded from {datasets.config.HF_ENDPOINT} ({cause}). Without network use "
             f"source='bundled' or a folder; for a mirror set HF_ENDPOINT before Python starts. If a folder was meant: "
             f"{ROOT / place} does not exist"
         ) from error
