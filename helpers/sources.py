@@ -147,9 +147,9 @@ def _explained(what, place):
         if isinstance(place, Path):
             raise OSError(f"the {what} in {place} could not be loaded ({cause})") from error
         raise OSError(
-            f"the {what} {place!r} could not be loaded from {datasets.config.HF_ENDPOINT} ({cause}). Without network use "
-            f"source='bundled' or a folder; for a mirror set HF_ENDPOINT before Python starts. If a folder was meant: "
-            f"{ROOT / place} does not exist"
+            f"the {what} {place!r} could not be loaded from {datasets.config.HF_ENDPOINT} ({cause}). Without network "
+            f"use source='bundled' or a folder; for a mirror set HF_ENDPOINT before Python starts. If a folder was "
+            f"meant: {ROOT / place} does not exist"
         ) from error
 
 
