@@ -1,0 +1,124 @@
+"""One story from the grammar: what it is built round is drawn first, then its beats are expanded in order."""
+import re
+from dataclasses import dataclass, field
+
+from helpers.bundled.expand import expand, polish
+
+MAX_PIECES = 180  # words and punctuation marks; keeps every story within the model's 256 positions
+CHANCE = {"weather": 0.12, "foreshadowing": 0.1, "dialogue": 0.4, "attempt": 0.35, "twist": 0.1, "afterwards": 0.6, "moral": 0.25}
+FIRST = {"F": "\1", "A": "\2"}  # stand for a character until its first mention is known
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the plan wants of a story: its child, and sentences to insert, each (kind, id, template, bindings)."""
+
+    name: str
+    kid: str
+    extras: tuple = field(default=())
+
+
+def pronouns(kid, prefix=""):
+    """Bindings he, him, his, himself of a girl or boy; with a prefix such as "F." for another character."""
+    words = ("she", "her", "her", "herself") if kid == "girl" else ("he", "him", "his", "himself")
+    return dict(zip((f"{prefix}he", f"{prefix}him", f"{prefix}his", f"{prefix}himself"), words))
+
+
+def friend(rules, rng, his):
+    """Bindings of the second character: an animal, another child, or someone of the family."""
+    kid = rng.choice(("girl", "boy"))
+    draw = rng.random()
+    if draw < 0.45:
+        animal, trait = rng.choice(rules["animals"]), rng.choice(rules["trait"])
+        names = {"F": f"the {animal}", "F.intro": f"a {trait} {animal}"}
+    elif draw < 0.8:
+        name = rng.choice(rules[f"friend_{kid}s"])
+        names = {"F": name, "F.intro": rng.choice((f"{his} friend {name}", f"a {kid} named {name}", f"little {name}"))}
+    else:
+        who = rng.choice(("sister", "cousin", "aunt") if kid == "girl" else ("brother", "cousin", "uncle"))
+        names = {"F": f"{his} {who}", "F.intro": f"{his} {rng.choice(rules['trait'])} {who}"}
+    return names | pronouns(kid, "F.")
+
+
+def bindings(order, rules, rng):
+    """Everything a story's templates may refer to, drawn once, so that what is introduced stays the same."""
+    bound = {"N": order.name, "kid": order.kid} | pronouns(order.kid)
+    bound |= friend(rules, rng, bound["his"])
+    adult = rng.choice(rules["adults"]).split(";")
+    bound |= dict(zip(("G", "G.he", "G.him", "G.his"), adult))
+    animal = rng.choice([a for a in rules["animals"] if f"the {a}" != bound["F"]])
+    bound |= {"A": f"the {animal}", "A.bare": f"a {animal}", "A.intro": f"a {rng.choice(rules['size'])} {animal}"}
+    bound |= {"O": rng.choice(rules["nouns"]), "J": rng.choice(rules["adjectives"])}
+    bound |= dict(zip(("v", "v.ed", "v.ing"), rng.choice(rules["verbs"]).split(";")))
+    bound |= dict(zip(("P.in", "P.to", "P"), rng.choice(rules["places"]).split(";")))
+    return bound
+
+
+def introduce(passages, bound):
+    """Name the characters: in full at the first mention ("a shy fox"), then shortly ("the fox")."""
+    named = set()
+    for beat, passage in passages:
+        for who, mark in FIRST.items():
+            if mark in passage and who not in named:
+                passage = passage.replace(mark, bound[f"{who}.intro"], 1)
+                named.add(who)
+            passage = passage.replace(mark, bound[who])
+        yield beat, polish(passage)
+
+
+def beats(plot, mood, features, bound, rules, rng):
+    """The story's passages in order, polished; those whose feature was not drawn are left out."""
+    order = ["open", "weather", "hint", f"{plot}.setup", f"{plot}.problem", f"{plot}.talk", f"{plot}.try", "twist",
+             f"{plot}.{mood}", f"close.{mood}", "moralize"]
+    feature = {"weather": "weather", "hint": "foreshadowing", f"{plot}.talk": "dialogue", f"{plot}.try": "attempt",
+               "twist": "twist", f"close.{mood}": "afterwards", "moralize": "moral"}
+    wanted = [beat for beat in order if feature.get(beat) in (None, *features)]
+    hidden = bound | {f"{who}{part}": mark for who, mark in FIRST.items() for part in ("", ".intro")}
+    return list(introduce([(beat, expand(rng.choice(rules[beat]), rules, hidden, rng)) for beat in wanted], bound))
+
+
+def missing_words(text, bound):
+    """Rules that bring in the drawn words which the beats happened not to use."""
+    lower = text.lower()
+    used = {
+        "use.verb": any(re.search(rf"\b{bound[form]}\b", lower) for form in ("v", "v.ed", "v.ing")),
+        "use.noun": all(re.search(rf"\b{bound[word]}\b", lower) for word in ("O", "J")),
+    }
+    return [rule for rule, present in used.items() if not present]
+
+
+def join(passages):
+    """Text and start of every passage: a line break after the opening and before the ending, else a space."""
+    text, starts = "", []
+    for i, (beat, passage) in enumerate(passages):
+        if i:
+            text += "\n" if beat.endswith((".setup", ".happy", ".sad")) and not beat.startswith("close") else " "
+        starts.append(len(text))
+        text += passage
+    return text, starts
+
+
+def write_story(order, rules, rng):
+    """One story. Returns (row, spans): its columns, and (kind, id, start, end) of every inserted sentence."""
+    for _ in range(100):
+        plot = rng.choice(sorted(name[:-6] for name in rules if name.endswith(".setup")))
+        mood = "sad" if rng.random() < 0.45 else "happy"
+        features = [name for name, chance in CHANCE.items() if rng.random() < chance]
+        bound = bindings(order, rules, rng)
+        bound["moral"] = rng.choice(rules[f"{plot}.moral"])
+        passages = beats(plot, mood, features, bound, rules, rng)
+        ending = next(i for i, (beat, _) in enumerate(passages) if beat == f"{plot}.{mood}")
+        for rule in missing_words(join(passages)[0], bound):
+            passages.insert(ending, (rule, polish(expand(rng.choice(rules[rule]), rules, bound, rng))))
+        for kind, key, template, extra in order.extras:
+            sentence = polish(expand(template, rules, bound | extra, rng))
+            passages.insert(rng.randint(1, len(passages)), (f"extra.{kind}.{key}", sentence))
+        text, starts = join(passages)
+        if len(re.findall(r"\w+|[^\w\s]", text)) <= MAX_PIECES:
+            break
+    spans = [(*beat.split(".")[1:], start, start + len(passage))
+             for (beat, passage), start in zip(passages, starts) if beat.startswith("extra.")]
+    told = [name for name in features if name not in ("weather", "attempt", "afterwards")] + ["bad ending"] * (mood == "sad")
+    row = {"text": text, "plot": plot, "verb": bound["v"], "noun": bound["O"], "adjective": bound["J"],
+           "features": told, "moral": bound["moral"], "mood": mood, "name": order.name}
+    return row, spans
