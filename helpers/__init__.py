@@ -5,9 +5,12 @@ from .checks import check_close, pick
 from .ekfac import EKFACFactors, fit_ekfac
 from .influence import influence, self_influence, top_k
 from .layers import linear_layers
+from .plots import save_figure
+from .sources import LM, load_facts, load_lm, load_stories
 from .tasks import causal_lm, classification, regression
 
 __all__ = [
-    "EKFACFactors", "causal_lm", "check_close", "classification", "completions", "fit_ekfac", "influence",
-    "linear_layers", "pick", "regression", "self_influence", "token_span", "tokenize", "top_k",
+    "LM", "EKFACFactors", "causal_lm", "check_close", "classification", "completions", "fit_ekfac", "influence",
+    "linear_layers", "load_facts", "load_lm", "load_stories", "pick", "regression", "save_figure", "self_influence",
+    "token_span", "tokenize", "top_k",
 ]
