@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -78,13 +78,17 @@ class EKFACFactors:
         path = Path(directory) / "factors.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"directory: {str(directory)!r} has no factors.safetensors; save makes it")
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("ekfac", "null"))
-            if meta is None:
-                raise ValueError(f"directory: {str(path)!r} was not written by EKFACFactors.save")
-            layers = meta.pop("layers")
-            parts = {m: {name: file.get_tensor(f"{m}/{name}") for name in layers} for m in MATRICES}
-        return EKFACFactors(**parts, **{**meta, "pooled": tuple(meta["pooled"])})
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {}).get("ekfac", "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"directory: {str(path)!r} cannot be read ({error}); save the factors again") from error
+        if meta is None:
+            raise ValueError(f"directory: {str(path)!r} was not written by EKFACFactors.save")
+        parts = {m: {name: tensors[f"{m}/{name}"] for name in meta["layers"]} for m in MATRICES}
+        return EKFACFactors(**parts, n_examples=meta["n_examples"], n_tokens=meta["n_tokens"],
+                            pooled=tuple(meta["pooled"]), fingerprint=meta["fingerprint"])
 
 
 def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, progress=True):

@@ -46,6 +46,10 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
 def check_factors(model, factors):
     """Raises ValueError where the factors were fitted on other layers or another model."""
     layers = list(factors.A)
+    missing = sorted(set(layers) - {name for name, _ in model.named_modules()})
+    if missing:
+        raise ValueError(f"factors: {type(model).__name__} has no layer {missing[0]!r}: these are the factors of "
+                         "another model")
     for name, shape in layer_shapes(model, layers).items():
         if tuple(factors.Lambda[name].shape) != shape:
             raise ValueError(f"factors: Lambda of {name!r} is {tuple(factors.Lambda[name].shape)}, that layer's "

@@ -41,7 +41,9 @@ def check_layer(model, name):
 
 
 def layer_shapes(model, layers):
-    """{layer: (d_out, d_in + 1 if it has a bias else d_in)}."""
+    """{layer: (d_out, d_in + 1 if it has a bias else d_in)}; raises ValueError for no layers, or one string."""
+    if isinstance(layers, str) or not layers:
+        raise ValueError(f"layers must be a list of names, got {layers!r}: linear_layers(model, pattern) makes one")
     shapes = {}
     for name in layers:
         module = check_layer(model, name)
