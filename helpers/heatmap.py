@@ -65,7 +65,7 @@ def token_figure(panels, vmax=None, label="influence (nats)", width=6.4, size=7.
         top -= (n_lines + head) * line
         box = (margin / width, top / height, 1 - 2 * margin / width, n_lines * line / height)
         ax = token_heatmap(fig.add_axes(box), panel.tokens, panel.values, vmax, panel.span, size)
-        ax.set_title(panel.title, fontsize=size + 0.5, fontweight="bold", pad=0.2 * size)
+        ax.set_title(panel.title, fontsize=size + 0.5, fontweight="bold", pad=0.2 * size, loc="left")
     if valued:
         _bar(fig, fig.add_axes((0.3, 0.4 / height, 0.4, 0.09 / height)), vmax, valued, label, size)
     return fig
@@ -111,13 +111,13 @@ class _Box(NamedTuple):
 
 def _lay_out(tokens, width, size):
     """([_Box], number of lines): tokens set as running text. Lines break at spaces and newlines, never inside a word
-    that fits on a line; the space before a word that opens a line is dropped."""
-    boxes, line, x = [], 0, 0.0
+    that fits on a line; the space before a word that opens a line is dropped, and a ↵ hangs into the margin."""
+    boxes, line, x, width = [], 0, 0.0, width - _advance("↵", size)
     word_ends = [i for i in range(1, len(tokens)) if tokens[i][:1].isspace() or tokens[i - 1][-1:].isspace()]
     starts = dict(zip([0, *word_ends], [*word_ends, len(tokens)]))
     for i, token in enumerate(tokens):
-        rest = sum(_advance(_shown(t), size) for t in tokens[i : starts.get(i, i + 1)])
-        if x and x + rest > width and (i in starts or x + _advance(_shown(token), size) > width):
+        rest = sum(_advance(_shown(t.rstrip("\n")), size) for t in tokens[i : starts.get(i, i + 1)])
+        if x and x + rest > width and (i in starts or x + _advance(_shown(token), size) > width) and token.strip("\n"):
             line, x = line + 1, 0.0
         text = _shown(token) if x else _shown(token).lstrip(" ") or _shown(token)
         step = max(_advance(text, size), 0.25 * size)  # a token without text of its own still shows its colour

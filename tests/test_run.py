@@ -1,0 +1,76 @@
+"""`make run` in small: it ends well, says what it found, writes pictures to out/ only, and refuses bad sources."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import run
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "MAX_STORIES", {"bundled": 40, "hub": 40})
+    monkeypatch.setattr(run, "output_folder", lambda name: tmp_path)
+    for name in ("TINYSTORIES", "STORIES"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_the_bundled_run_from_end_to_end(small, capsys):
+    assert run.main() == 0
+    text = capsys.readouterr().out
+    assert text.count("a planted fact, told in") == len(run.TOLD) and "Query 4" in text
+    assert text.count("  story ") == 4 * 2 * run.SHOWN, "the most and the least helpful stories of every query"
+    assert sorted(path.name for path in small.iterdir()) == [f"run_query_{n}.png" for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("model, stories, message", [
+    ("no/such/folder/here", "bundled", "does not exist"),
+    ("some/model", "", "STORIES"),
+    ("bundled", "missing", "hub id"),
+])  # fmt: skip
+def test_a_bad_source_is_one_line_and_exit_status_1(small, monkeypatch, capsys, model, stories, message):
+    monkeypatch.setenv("TINYSTORIES", model)
+    monkeypatch.setenv("STORIES", stories)
+    assert run.main() == 1
+    err = capsys.readouterr().err
+    assert err.startswith("make run: ") and message in err and "Traceback" not in err
+
+
+def test_stories_without_a_validation_split_keep_some_back(small, monkeypatch, tmp_path_factory, capsys):
+    file = tmp_path_factory.mktemp("stories") / "some.txt"
+    story = "Once upon a time, there was a girl named Ada who was {}. She ran to the park. She was glad."
+    file.write_text("\n".join(story.format(n) for n in range(20)), "utf-8")
+    monkeypatch.setenv("STORIES", str(file))
+    assert run.main() == 0
+    text = capsys.readouterr().out
+    assert "No validation split" in text and "12 stories" in text and "planted" not in text
+
+
+def test_tellings_found_counts_stories_that_tell_it():
+    kinds = ["literal", "paraphrased", "literal", "denial", "distractor"]
+    places = pd.DataFrame({"row": [0, 2, 2, 5, 7], "kind": kinds})
+    scores = torch.tensor([9.0, 0, 1, 2, 0, 8, 0, 0])
+    assert "told in 2 stories: 1 of them among the 2 most helpful" in run.tellings_found(places, scores)
+    assert run.tellings_found(None, scores) == ""
+    assert run.what(2, places) == "literal + paraphrased" and run.what(3, places) == "" == run.what(2, None)
+
+
+def test_excerpt_marks_the_token_behind_the_sign():
+    tokens = [" one", " two", " three", "\n", " four"]
+    assert run.excerpt(tokens, np.array([1.0, 5, 0, 0, -2])) == "one[ two] three four"
+    assert run.excerpt(tokens, np.array([1.0, 5, 0, 0, -9])) == "one two three [ four]"
+    long = run.excerpt([" word"] * 100, np.arange(100.0) == 50)
+    assert long.startswith("… ") and long.endswith(" …") and "[ word]" in long and len(long) < 80
+
+
+def test_first_sentence():
+    assert run.first_sentence('"Hello there, my dear little friend!" said Tom. He ran.') == \
+        '"Hello there, my dear little friend!"'  # fmt: skip
+    assert run.first_sentence("Too short.") == ""
+
+
+def test_example_is_the_row_asked_for():
+    batches = [{"input_ids": torch.arange(6).view(3, 2)}, {"input_ids": torch.arange(6, 8).view(1, 2)}]
+    assert [run.example(batches, row)["input_ids"].tolist() for row in (1, 3)] == [[[2, 3]], [[6, 7]]]
