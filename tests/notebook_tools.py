@@ -90,7 +90,7 @@ def run(paths):
     where = ["--inplace"] if bundled else ["--output-dir", str(ROOT / "out")]
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", *where, "--log-level=WARN"]
     command += [f"--ExecutePreprocessor.{option}" for option in
-                ("record_timing=False", "timeout=-1", "kernel_name=python3", "coalesce_streams=True")]  # fmt: skip
+                ("record_timing=False", "timeout=-1", "kernel_name=python3")]
     failed = []
     for path in paths:
         began, helpers = time.perf_counter(), helpers_hash()
