@@ -1,4 +1,4 @@
-"""What is wrong with the input of fit_ekfac and influence is said in one sentence: the argument, what came, what works."""
+"""Bad input to fit_ekfac and influence gets one sentence: the argument, what came, what works."""
 
 import dataclasses
 

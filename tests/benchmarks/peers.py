@@ -12,6 +12,7 @@ torchvision dependency is left out on purpose: beside a CPU build of torch it br
 import argparse
 import tempfile
 import time
+from functools import partial
 
 import pandas as pd
 import torch
@@ -55,10 +56,11 @@ def rows(batches):
             for batch in batches for row in range(len(batch["input_ids"]))]
 
 
-def collate(examples):
-    pads = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {key: torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], batch_first=True, padding_value=pad)
-            for key, pad in pads.items()}
+def collate(examples, width=0):
+    """One batch, padded to its longest example or, if that is more, to `width`."""
+    width = max(width, *(len(example["input_ids"]) for example in examples))
+    return {key: torch.stack([torch.nn.functional.pad(e[key], (0, width - len(e[key])), value=pad) for e in examples])
+            for key, pad in {"input_ids": 0, "attention_mask": 0, "labels": -100}.items()}
 
 
 class Kronfluence:
@@ -69,10 +71,10 @@ class Kronfluence:
         self.task = LanguageTask(layers)
         self.model = prepare_model(model, self.task)
 
-    def analyzer(self):
+    def analyzer(self, width=0):
         analyzer = Analyzer("peers", self.model, self.task, cpu=True, disable_tqdm=True, log_level=40,
                             output_dir=self.folder.name)
-        analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collate))
+        analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=partial(collate, width=width)))
         return analyzer
 
     def fit(self, labels):
@@ -81,7 +83,8 @@ class Kronfluence:
                                         factor_args=FactorArguments(use_empirical_fisher=labels == "true"))
 
     def scores(self, per):
-        analyzer = self.analyzer()
+        longest = max(len(row["input_ids"]) for row in self.train)  # its token scores must all have one width
+        analyzer = self.analyzer(longest if per == "token" else 0)
         args = ScoreArguments(damping_factor=None, compute_per_token_scores=per == "token")
         analyzer.compute_pairwise_scores(per, "factors", self.queries, self.train, len(self.queries), self.batch_size,
                                          score_args=args, overwrite_output_dir=True)

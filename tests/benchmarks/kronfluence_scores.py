@@ -1,0 +1,36 @@
+"""Makes tests/kronfluence_scores.safetensors: what kronfluence 1.0.1 says of the bundled model, for the test of parity.
+
+    python tests/benchmarks/kronfluence_scores.py        in the environment that peers.py describes
+
+Empirical factors (labels="true") of 256 stories, default damping 0.1 × mean eigenvalue, MLP and attention layers,
+8 held-out queries: sequence scores of 64 stories, token scores of the first 16.
+"""
+
+from pathlib import Path
+
+import torch
+from peers import Kronfluence
+from safetensors.torch import save_file
+
+from helpers import linear_layers, load_lm, load_stories, tokenize
+
+TABLE = Path(__file__).parents[1] / "kronfluence_scores.safetensors"
+LAYERS, FITTED, QUERIES, TRAIN, TOKEN_TRAIN = "mlp|attn", 256, 8, 64, 16
+
+
+def main():
+    lm = load_lm()
+    stories = load_stories(limit=FITTED)["text"]
+    train = tokenize(list(stories), lm.tokenizer)
+    queries = tokenize(list(load_stories(split="validation", limit=QUERIES)["text"]), lm.tokenizer)
+    theirs = Kronfluence(lm.model, linear_layers(lm.model, LAYERS), train, queries, 16)
+    theirs.fit("true")
+    everything, theirs.train = theirs.train, theirs.train[:TRAIN]
+    sequence = theirs.scores("sequence")
+    theirs.train = everything[:TOKEN_TRAIN]
+    save_file({"sequence": sequence.contiguous(), "token": theirs.scores("token").contiguous()}, TABLE)
+    print(f"{TABLE.name}: {TABLE.stat().st_size / 1e3:.0f} kB, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
