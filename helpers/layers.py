@@ -71,7 +71,7 @@ def frozen(model):
 
 @contextmanager
 def capture(model, layers):
-    """Inside, a forward pass of the (frozen) model fills the dictionary given here: {layer: (input a, output s, version)}.
+    """Inside, a forward pass of the (frozen) model fills the dictionary given: {layer: (input a, output s, version)}.
 
     The first captured output starts the autograd graph, so nothing below it is differentiated and no weight gradient is
     formed. A layer that one forward pass calls twice is refused: its gradient is a sum that one pair cannot hold.
