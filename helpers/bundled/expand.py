@@ -42,5 +42,5 @@ def polish(text):
     """Single spaces, `an` before vowels, a capital at the start of every sentence and of every quotation."""
     text = re.sub(r" +", " ", text).strip()
     text = re.sub(r" ([.,!?])", r"\1", text)
-    text = re.sub(r"\b([Aa]) (?=[aeiou]|honest)", r"\1n ", text)
+    text = re.sub(r"\b([Aa]) (?=[aeio]|u(?!s)|honest)", r"\1n ", text)
     return re.sub(r'(^"?|[.!?] "?|\." "?|(?:^|[ \n])"|\n)([a-z])', lambda m: m[1] + m[2].upper(), text)

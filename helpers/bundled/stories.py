@@ -1,11 +1,15 @@
 """One story from the grammar: what it is built round is drawn first, then its beats are expanded in order."""
 import re
 from dataclasses import dataclass, field
+from random import Random
 
 from helpers.bundled.expand import expand, polish
 
+TRAITS = ("hair", "coat", "pal", "color")  # of every child, told again and again
 MAX_PIECES = 180  # words and punctuation marks; keeps every story within the model's 256 positions
-CHANCE = {"weather": 0.12, "foreshadowing": 0.1, "dialogue": 0.4, "attempt": 0.35, "twist": 0.1, "afterwards": 0.6, "moral": 0.25}
+CHANCE = {"weather": 0.12, "foreshadowing": 0.1, "dialogue": 0.4, "attempt": 0.35, "twist": 0.1, "afterwards": 0.6,
+          "moral": 0.25}
+FEATURES = ("foreshadowing", "dialogue", "twist", "moral")  # of these, the ones that a row names
 FIRST = {"F": "\1", "A": "\2"}  # stand for a character until its first mention is known
 
 
@@ -48,6 +52,8 @@ def bindings(order, rules, rng):
     bound |= dict(zip(("G", "G.he", "G.him", "G.his"), adult))
     animal = rng.choice([a for a in rules["animals"] if f"the {a}" != bound["F"]])
     bound |= {"A": f"the {animal}", "A.bare": f"a {animal}", "A.intro": f"a {rng.choice(rules['size'])} {animal}"}
+    own = Random(f"traits {order.name}")  # the same in every story of this child
+    bound |= {part: own.choice(rules[f"trait_{part}"]) for part in TRAITS}
     bound |= {"O": rng.choice(rules["nouns"]), "J": rng.choice(rules["adjectives"])}
     bound |= dict(zip(("v", "v.ed", "v.ing"), rng.choice(rules["verbs"]).split(";")))
     bound |= dict(zip(("P.in", "P.to", "P"), rng.choice(rules["places"]).split(";")))
@@ -67,14 +73,19 @@ def introduce(passages, bound):
 
 
 def beats(plot, mood, features, bound, rules, rng):
-    """The story's passages in order, polished; those whose feature was not drawn are left out."""
+    """The story's passages in order, polished; those whose feature was not drawn are left out.
+
+    A plot has three threads: where a beat has three wordings, the story keeps to those of its own thread.
+    """
+    thread = rng.randrange(3)
     order = ["open", "weather", "hint", f"{plot}.setup", f"{plot}.problem", f"{plot}.talk", f"{plot}.try", "twist",
              f"{plot}.{mood}", f"close.{mood}", "moralize"]
     feature = {"weather": "weather", "hint": "foreshadowing", f"{plot}.talk": "dialogue", f"{plot}.try": "attempt",
                "twist": "twist", f"close.{mood}": "afterwards", "moralize": "moral"}
     wanted = [beat for beat in order if feature.get(beat) in (None, *features)]
     hidden = bound | {f"{who}{part}": mark for who, mark in FIRST.items() for part in ("", ".intro")}
-    return list(introduce([(beat, expand(rng.choice(rules[beat]), rules, hidden, rng)) for beat in wanted], bound))
+    choose = lambda beat: rules[beat][thread] if len(rules[beat]) == 3 and plot in beat else rng.choice(rules[beat])
+    return list(introduce([(beat, expand(choose(beat), rules, hidden, rng)) for beat in wanted], bound))
 
 
 def missing_words(text, bound):
@@ -88,37 +99,51 @@ def missing_words(text, bound):
 
 
 def join(passages):
-    """Text and start of every passage: a line break after the opening and before the ending, else a space."""
+    """Text, and the start of every passage in it."""
     text, starts = "", []
-    for i, (beat, passage) in enumerate(passages):
-        if i:
-            text += "\n" if beat.endswith((".setup", ".happy", ".sad")) and not beat.startswith("close") else " "
+    for _, passage in passages:
+        text += " " if text else ""
         starts.append(len(text))
         text += passage
     return text, starts
 
 
+def insert_extras(passages, extras, bound, rules, rng):
+    """Put the planned sentences between the passages; half of the literal tellings right after the opening."""
+    for kind, key, template, extra in extras:
+        sentence = polish(expand(template, rules, bound | extra, rng))
+        early = kind == "literal" and rng.random() < 0.5
+        at = rng.choice((1, 2)) if early else rng.randint(1, len(passages))
+        passages.insert(at, (f"extra.{kind}.{key}", sentence))
+
+
+def draft(order, rules, rng):
+    """One attempt at a story: (row without text, passages)."""
+    plot = rng.choice(sorted(name[:-6] for name in rules if name.endswith(".setup")))
+    mood = "sad" if rng.random() < 0.45 else "happy"
+    features = [name for name, chance in CHANCE.items() if rng.random() < chance]
+    bound = bindings(order, rules, rng)
+    bound["moral"] = rng.choice(rules[f"{plot}.moral"])
+    passages = beats(plot, mood, features, bound, rules, rng)
+    traits = rng.sample([f"{{N}}'s {sentence}" for sentence in rules["traits"]], rng.choice((1, 1, 2)))
+    passages.insert(1, ("traits", polish(expand(" ".join(traits), rules, bound, rng))))
+    ending = next(i for i, (beat, _) in enumerate(passages) if beat == f"{plot}.{mood}")
+    for rule in missing_words(join(passages)[0], bound):
+        passages.insert(ending, (rule, polish(expand(rng.choice(rules[rule]), rules, bound, rng))))
+    insert_extras(passages, order.extras, bound, rules, rng)
+    told = [name for name in features if name in FEATURES] + ["bad ending"] * (mood == "sad")
+    row = {"plot": plot, "verb": bound["v"], "noun": bound["O"], "adjective": bound["J"], "features": told,
+           "moral": bound["moral"], "mood": mood, "name": order.name}
+    return row, passages
+
+
 def write_story(order, rules, rng):
     """One story. Returns (row, spans): its columns, and (kind, id, start, end) of every inserted sentence."""
     for _ in range(100):
-        plot = rng.choice(sorted(name[:-6] for name in rules if name.endswith(".setup")))
-        mood = "sad" if rng.random() < 0.45 else "happy"
-        features = [name for name, chance in CHANCE.items() if rng.random() < chance]
-        bound = bindings(order, rules, rng)
-        bound["moral"] = rng.choice(rules[f"{plot}.moral"])
-        passages = beats(plot, mood, features, bound, rules, rng)
-        ending = next(i for i, (beat, _) in enumerate(passages) if beat == f"{plot}.{mood}")
-        for rule in missing_words(join(passages)[0], bound):
-            passages.insert(ending, (rule, polish(expand(rng.choice(rules[rule]), rules, bound, rng))))
-        for kind, key, template, extra in order.extras:
-            sentence = polish(expand(template, rules, bound | extra, rng))
-            passages.insert(rng.randint(1, len(passages)), (f"extra.{kind}.{key}", sentence))
+        row, passages = draft(order, rules, rng)
         text, starts = join(passages)
         if len(re.findall(r"\w+|[^\w\s]", text)) <= MAX_PIECES:
             break
     spans = [(*beat.split(".")[1:], start, start + len(passage))
              for (beat, passage), start in zip(passages, starts) if beat.startswith("extra.")]
-    told = [name for name in features if name not in ("weather", "attempt", "afterwards")] + ["bad ending"] * (mood == "sad")
-    row = {"text": text, "plot": plot, "verb": bound["v"], "noun": bound["O"], "adjective": bound["J"],
-           "features": told, "moral": bound["moral"], "mood": mood, "name": order.name}
-    return row, spans
+    return {"text": text} | row, spans

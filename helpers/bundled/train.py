@@ -7,17 +7,20 @@ import argparse
 import gzip
 import json
 import math
+import os
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import distributed, multiprocessing
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-BOS, PAD = "<|endoftext|>", "<|pad|>"
+BOS, PAD = "<|endoftext|>", "<|pad|>"  # tokens 0 and 1
+PAD_ID = 1
 VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2000, 64, 4, 4, 256
-BATCH, RATE, WARMUP = 16, 3e-3, 200
+BATCH, RATE, WARMUP = 16, 5e-3, 200
 
 
 def read(name):
@@ -42,14 +45,26 @@ def train_tokenizer(texts):
 
 
 def new_model(seed):
-    """GPT-Neo, the architecture of TinyStories, with random weights."""
+    """GPT-Neo, the architecture of TinyStories, with random weights from which copying a name is soon learned.
+
+    With the usual start the model takes many passes to find out that "Lily" above means "Lily" below. Two things help:
+    large embeddings, so that names stay apart, and value and output projections whose product is half the identity, as
+    they are in trained models (Trockman & Kolter 2023, arXiv 2305.09828).
+    """
     torch.manual_seed(seed)
     config = GPTNeoConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, window_size=POSITIONS,
         attention_types=[[["global", "local"], LAYERS // 2]], max_position_embeddings=POSITIONS,
         embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0, initializer_range=0.05,
         bos_token_id=0, eos_token_id=0, pad_token_id=1, use_cache=True)
-    return GPTNeoForCausalLM(config)
+    model = GPTNeoForCausalLM(config)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(4)
+        for block in model.transformer.h:
+            rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]
+            block.attn.attention.v_proj.weight.copy_(0.7 * rotation)
+            block.attn.attention.out_proj.weight.copy_(0.7 * rotation.T)
+    return model
 
 
 def encode(texts, tokenizer):
@@ -87,9 +102,6 @@ def mean_loss(model, ids):
         n = (batch["labels"][:, 1:] != -100).sum().item()
         total, count = total + model(**batch).loss.item() * n, count + n
     return total / count
-
-
-PAD_ID = 1
 
 
 @torch.no_grad()
@@ -133,7 +145,16 @@ def report(model, tokenizer, train_ids, held_out_ids):
     return f"train {mean_loss(model, train_ids):.3f} held-out {mean_loss(model, held_out_ids):.3f} facts {facts}"
 
 
-def one_pass(model, optimizer, ids, epoch, passes, seed):
+def average_gradients(model):
+    """Replace every gradient by its mean over the processes."""
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
+        p.grad.copy_(part.view_as(p))
+
+
+def one_pass(model, optimizer, ids, epoch, passes, seed, rank, processes):
     """One pass over the corpus; the rate warms up, then falls along a cosine to a tenth."""
     model.train()
     batches = epoch_batches(ids, 1000 * seed + epoch)
@@ -141,44 +162,63 @@ def one_pass(model, optimizer, ids, epoch, passes, seed):
         step = epoch * len(batches) + k
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / (passes * len(batches)))
         optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1) * cosine
-        loss = model(**pad([ids[i] for i in indices], PAD_ID)).loss
-        loss.backward()
+        model(**pad([ids[i] for i in indices[rank::processes]], PAD_ID)).loss.backward()
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def train(seed, passes, work, limit=None):
-    """Train from scratch, or on from the last whole pass in `work`; the weights after every pass stay there."""
-    work.mkdir(parents=True, exist_ok=True)
-    texts = [row["text"] for row in read("stories_train.jsonl.gz")][:limit]
+def restore(model, optimizer, state):
+    """Load the last whole pass, if there is one; returns the number of passes done."""
+    if not state.exists():
+        return 0
+    saved = torch.load(state)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["epoch"]
+
+
+def save(model, tokenizer, optimizer, epoch, work):
+    """Keep the weights after this pass, and what is needed to go on from it."""
+    for part in (model, tokenizer):
+        part.save_pretrained(work / f"pass{epoch:02d}")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, work / "state.pt")
+
+
+def train(rank, processes, seed, passes, work):
+    """Train from scratch, or on from the last whole pass in `work`; the weights after every pass stay there.
+
+    Each process takes its share of every batch with one thread, which uses two cores better than two threads do.
+    """
+    torch.set_num_threads(1)
+    meeting = f"file://{(work / f'meeting-{os.getppid()}').resolve()}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    texts, held_out = ([row["text"] for row in read(f"stories_{s}.jsonl.gz")] for s in ("train", "validation"))
     tokenizer = train_tokenizer(texts)
-    ids, held_out = (encode(t, tokenizer) for t in (texts, [r["text"] for r in read("stories_validation.jsonl.gz")]))
-    model, state = new_model(seed), work / "state.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    first = 0
-    if state.exists():
-        saved = torch.load(state)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["epoch"]
-    for epoch in range(first, passes):
+    ids, held_out = encode(texts, tokenizer), encode(held_out, tokenizer)
+    model = new_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    for epoch in range(restore(model, optimizer, work / "state.pt"), passes):
         start = time.time()
-        one_pass(model, optimizer, ids, epoch, passes, seed)
-        line = f"pass {epoch + 1} {report(model, tokenizer, ids[:500], held_out)} {time.time() - start:.0f} s"
-        print(line, flush=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(work / f"pass{epoch + 1:02d}")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, state)
+        one_pass(model, optimizer, ids, epoch, passes, seed, rank, processes)
+        if rank == 0:
+            taken = time.time() - start
+            print(f"pass {epoch + 1} {report(model, tokenizer, ids[:500], held_out)} {taken:.0f} s", flush=True)
+            save(model, tokenizer, optimizer, epoch + 1, work)
+        distributed.barrier()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--passes", type=int, default=24)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/training"))
     args = parser.parse_args()
-    train(args.seed, args.passes, args.work / f"seed{args.seed}")
+    work = args.work / f"seed{args.seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    multiprocessing.spawn(train, (args.processes, args.seed, args.passes, work), args.processes)
 
 
 if __name__ == "__main__":
