@@ -26,7 +26,7 @@ from .tasks import causal_lm, summed_loss
 
 LAYERS = r"mlp"  # the linear layers of every block's MLP, in GPT-Neo and in Llama
 MAX_STORIES = {"bundled": None, "hub": 1000}  # None: all
-MAX_FOLDER_STORIES = 4000  # what two cores do in five minutes with a small vocabulary
+MAX_FOLDER_STORIES = 3000  # what two cores do in five minutes with a small vocabulary
 MAX_LENGTH = 512
 SHOWN = 5  # stories printed at each end of a ranking
 TOLD = (8, 16, 32)  # planted facts to ask for: the best known of those told so many times
