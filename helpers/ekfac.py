@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,42 +107,40 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
     groups = by_length(batches)
     with frozen(model):
         fast = has_fast_head(model, groups[0][1], layers, task)
-        passes = dict(model=model, layers=layers, task=task, seed=seed if labels == "sampled" else None, fast=fast)
-        A, S, counts, kept = _second_moments(groups, shapes, progress, **passes)
+        gradients = partial(token_gradients, model, layers=layers, task=task, fast=fast,
+                            seed=seed if labels == "sampled" else None)
+        A, S, counts, kept = _second_moments(groups, shapes, gradients, progress)
         A, S = ({name: total[name] / counts[name] for name in layers} for total in (A, S))
         Q_A, Q_S = ({name: torch.linalg.eigh(matrix[name])[1] for name in layers} for matrix in (A, S))
-        Lambda = _eigenvalues(groups, Q_A, Q_S, kept, progress, **passes)
+        Lambda = _eigenvalues(groups, Q_A, Q_S, gradients, kept, progress)
     n = sum(len(rows) for rows, _ in groups)
     pooled = tuple(name for name in layers if counts[name] == n)
     return EKFACFactors(A, S, Q_A, Q_S, {name: Lambda[name] / n for name in layers}, n, max(counts.values()),
                         pooled if max(counts.values()) > n else (), fingerprint(model, layers))
 
 
-def _second_moments(groups, shapes, progress, **passes):
+def _second_moments(groups, shapes, gradients, progress):
     """Sums of ā āᵀ and Ds Dsᵀ over real positions, their number by layer, and ∂L/∂h by group while it fits."""
-    device = next(passes["model"].parameters()).device
-    S = {name: torch.zeros(o, o, dtype=torch.float64, device=device) for name, (o, _) in shapes.items()}
-    A = {name: torch.zeros(i, i, dtype=torch.float64, device=device) for name, (_, i) in shapes.items()}
-    counts, kept, size = dict.fromkeys(shapes, 0), [], 0
+    A, S, counts, kept, size = dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0), [], 0
     for rows, batch in tqdm(groups, "second moments", disable=not progress):
-        got = token_gradients(batch=batch, **passes)
+        got = gradients(batch)
         for name in shapes:
             a, ds = got.inputs[name].flatten(0, 1), got.outputs[name].flatten(0, 1)
-            A[name] += finite(a.T @ a, name, rows)
-            S[name] += finite(ds.T @ ds, name, rows)
+            A[name] = A[name] + finite(a.T @ a, name, rows).double()
+            S[name] = S[name] + finite(ds.T @ ds, name, rows).double()
             counts[name] += len(a) if got.real[name] is None else int(got.real[name].sum())
         size += 0 if got.hidden is None else got.hidden.nbytes
         kept.append(got.hidden if size <= KEEP_BYTES else None)
     return A, S, counts, kept
 
 
-def _eigenvalues(groups, Q_A, Q_S, kept, progress, **passes):
+def _eigenvalues(groups, Q_A, Q_S, gradients, kept, progress):
     """Sums over examples of (Q_Sᵀ G Q_A)², G the gradient of the whole sequence."""
     Lambda = {name: torch.zeros(len(Q_S[name]), len(Q_A[name]), dtype=torch.float64, device=Q_S[name].device)
               for name in Q_A}
     cast = {}
     for (rows, batch), hidden in zip(tqdm(groups, "eigenvalues", disable=not progress), kept):
-        got = token_gradients(batch=batch, hidden=hidden, **passes)
+        got = gradients(batch, hidden=hidden)
         for name in Q_A:
             a, ds = got.inputs[name], got.outputs[name]
             q_a, q_s = cast.setdefault(name, (Q_A[name].to(a), Q_S[name].to(a)))

@@ -130,16 +130,22 @@ def by_length(batches):
     """[(rows [B], batch)]: the examples regrouped by length into batches as large as the largest, pads trimmed.
 
     `rows` index the examples in their given order. Only language-model batches (2-D `input_ids` and `attention_mask`)
-    are regrouped; others come back as they are. Left padding stays, since positions may count it.
+    are regrouped, with the pads they came with (a classifier may look for its pad id); others, and batches without
+    any pad, come back as they are. Left padding stays, since positions may count it.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    if not all({"input_ids", "attention_mask"} <= set(batch) and batch["input_ids"].dim() == 2 for batch in batches):
+    text = all({"input_ids", "attention_mask"} <= set(batch) and batch["input_ids"].dim() == 2 for batch in batches)
+    padded = next((batch for batch in batches if not batch["attention_mask"].all()), None) if text else None
+    if padded is None:
         return list(zip(torch.arange(sum(sizes)).split(sizes), batches))
+    at = tuple(padded["attention_mask"].eq(0).nonzero()[0])
+    pads = {key: padded[key][at] for key in padded if padded[key].shape[:2] == padded["input_ids"].shape}
+    pads |= {"labels": torch.full_like(pads["labels"], IGNORED)} if "labels" in pads else {}
     examples = [(batch, row) for batch, size in zip(batches, sizes) for row in range(size)]
     lengths = [length for batch in batches for length in _lengths(batch["attention_mask"]).tolist()]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     groups = [order[i:i + max(sizes)] for i in range(0, len(order), max(sizes))]
-    return [(torch.tensor(group), _gather([examples[i] for i in group], lengths[group[-1]])) for group in groups]
+    return [(torch.tensor(group), _gather([examples[i] for i in group], lengths[group[-1]], pads)) for group in groups]
 
 
 def _lengths(mask):
@@ -147,17 +153,15 @@ def _lengths(mask):
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
-def _gather(examples, length):
-    """One batch of the given (batch, row) pairs: token axes cut or padded on the right to `length`."""
+def _gather(examples, length, pads):
+    """One batch of the given (batch, row) pairs: the token axes, those in `pads`, cut or padded on the right."""
     out = {}
     for key in examples[0][0]:
         values = []
         for batch, row in examples:
             value = batch[key][row]
-            if batch[key].shape[:2] == batch["input_ids"].shape:
-                short = value[:length]
-                value = short.new_full((length, *short.shape[1:]), IGNORED if key == "labels" else 0)
-                value[: len(short)] = short
+            if key in pads:
+                value = torch.cat([value[:length], pads[key].expand(length - len(value[:length]), *pads[key].shape)])
             values.append(value)
         out[key] = torch.stack(values)
     return out
