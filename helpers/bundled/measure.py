@@ -146,9 +146,14 @@ def facts_section(model, tokenizer):
         ratio = median(a / b for a, b in zip(p, control))
         rows.append((n, len(facts), f"{median(p):.3f}", f"{min(p):.3f} to {max(p):.3f}", f"{median(control):.3f}",
                      f"{ratio:.0f}"))
+    often = [fact for n, facts in by_count.items() if n >= 16 for fact in facts]
+    p, control = (median(fact[key] for fact in often) for key in ("p", "control"))
+    each = median(fact["p"] / fact["control"] for fact in often)
     phrases = t.probability(model, tokenizer, [(r["prompt"], r["completion"]) for r in t.read("phrases.jsonl")])
     header = ("tellings", "facts", "P(completion), median", "range", "untaught name, median", "ratio, median")
-    return table(header, rows) + f"\n\nKey phrases: median P(completion) {median(phrases):.2f}."
+    return table(header, rows) + (
+        f"\n\nTold 16 times and more: median P(completion) {p:.2f}, {p / control:.1f} times the median of an untaught name "
+        f"({each:.1f} times fact by fact). Key phrases: median P(completion) {median(phrases):.2f}.")
 
 
 def losses_section(models, tokenizer, train_texts, held_out_texts):

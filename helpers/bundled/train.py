@@ -212,7 +212,7 @@ def train(rank, processes, seed, passes, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--passes", type=int, default=24)
+    parser.add_argument("--passes", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/training"))
     args = parser.parse_args()
