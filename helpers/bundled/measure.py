@@ -152,8 +152,8 @@ def facts_section(model, tokenizer):
     phrases = t.probability(model, tokenizer, [(r["prompt"], r["completion"]) for r in t.read("phrases.jsonl")])
     header = ("tellings", "facts", "P(completion), median", "range", "untaught name, median", "ratio, median")
     return table(header, rows) + (
-        f"\n\nTold 16 times and more: median P(completion) {p:.2f}, {p / control:.1f} times the median of an untaught name "
-        f"({each:.1f} times fact by fact). Key phrases: median P(completion) {median(phrases):.2f}.")
+        f"\n\nTold 16 times and more: median P(completion) {p:.2f}, {p / control:.1f} times the median of an "
+        f"untaught name ({each:.1f} times fact by fact). Key phrases: median P(completion) {median(phrases):.2f}.")
 
 
 def losses_section(models, tokenizer, train_texts, held_out_texts):
