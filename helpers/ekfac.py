@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .gradients import by_length, check_targets, finite, has_fast_head, token_gradients
+from .gradients import TokenGradients, by_length, check_targets, finite, has_fast_head, token_gradients
 from .layers import frozen, layer_shapes
 from .tasks import causal_lm
 
-KEEP_BYTES = 1 << 30  # of ∂L/∂h kept between the two passes; beyond it the output head runs again
+KEEP_BYTES = 1 << 30  # of gradients kept for the second pass, and as much again of ∂L/∂h; the rest runs anew
 MATRICES = ("A", "S", "Q_A", "Q_S", "Lambda")
 
 
@@ -120,8 +120,9 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
 
 
 def _second_moments(groups, shapes, gradients, progress):
-    """Sums of ā āᵀ and Ds Dsᵀ over real positions, their number by layer, and ∂L/∂h by group while it fits."""
-    A, S, counts, kept, size = dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0), [], 0
+    """Sums of ā āᵀ and Ds Dsᵀ over real positions, their number by layer, and what fits of each group's gradients."""
+    A, S, counts, kept = dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0), []
+    whole = top = 0
     for rows, batch in tqdm(groups, "second moments", disable=not progress):
         got = gradients(batch)
         for name in shapes:
@@ -129,8 +130,9 @@ def _second_moments(groups, shapes, gradients, progress):
             A[name] = A[name] + finite(a.T @ a, name, rows).double()
             S[name] = S[name] + finite(ds.T @ ds, name, rows).double()
             counts[name] += len(a) if got.real[name] is None else int(got.real[name].sum())
-        size += 0 if got.hidden is None else got.hidden.nbytes
-        kept.append(got.hidden if size <= KEEP_BYTES else None)
+        whole += sum(x.nbytes for part in (got.inputs, got.outputs) for x in part.values())
+        top += 0 if got.hidden is None else got.hidden.nbytes
+        kept.append(got if whole <= KEEP_BYTES else got.hidden if top <= KEEP_BYTES else None)
     return A, S, counts, kept
 
 
@@ -139,8 +141,9 @@ def _eigenvalues(groups, Q_A, Q_S, gradients, kept, progress):
     Lambda = {name: torch.zeros(len(Q_S[name]), len(Q_A[name]), dtype=torch.float64, device=Q_S[name].device)
               for name in Q_A}
     cast = {}
-    for (rows, batch), hidden in zip(tqdm(groups, "eigenvalues", disable=not progress), kept):
-        got = gradients(batch, hidden=hidden)
+    for number, (rows, batch) in enumerate(tqdm(groups, "eigenvalues", disable=not progress)):
+        got, kept[number] = kept[number], None
+        got = got if isinstance(got, TokenGradients) else gradients(batch, hidden=got)
         for name in Q_A:
             a, ds = got.inputs[name], got.outputs[name]
             q_a, q_s = cast.setdefault(name, (Q_A[name].to(a), Q_S[name].to(a)))

@@ -43,7 +43,10 @@ def save_figure(fig, name):
         return None
     bundled = all(os.environ.get(key, "") in ("", "bundled") for key in ("TINYSTORIES", "STORIES"))
     path = output_folder("figures" if bundled else "out") / f"{name}.png"
+    engine = fig.get_layout_engine()
     fig.savefig(path, metadata={"Software": None})
+    if engine is None:
+        fig.set_layout_engine("none")  # saving restores None as "what the style says", which would move token figures
     return Path(os.path.relpath(path))
 
 

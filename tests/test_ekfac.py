@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from helpers import EKFACFactors, fit_ekfac, linear_layers
+from helpers import EKFACFactors, ekfac, fit_ekfac, linear_layers
 
 QUIET = {"progress": False}
 
@@ -159,3 +159,17 @@ def test_save_and_load(model, tmp_path):
         same_value = ours == theirs if not isinstance(ours, dict) else (
             list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours))
         assert same_value, field.name
+
+
+def test_what_is_kept_between_the_passes_changes_nothing(model, monkeypatch):
+    batches, layers = tiny.batches(tiny.stories(9), 2), linear_layers(model, tiny.LAYERS)
+    calls, token_gradients = [], ekfac.token_gradients
+    monkeypatch.setattr(ekfac, "token_gradients", lambda *args, **kw: calls.append(kw) or token_gradients(*args, **kw))
+    results, counts = [], []
+    for budget in (1 << 30, 40_000, 3_000, 0):  # all; some whole, the rest at the head; only the head; nothing
+        monkeypatch.setattr(ekfac, "KEEP_BYTES", budget)
+        calls.clear()
+        results.append(fit_ekfac(model, batches, layers, **QUIET))
+        counts.append((len(calls), sum(call.get("hidden") is not None for call in calls)))
+    assert all(same(results[0], other, 1e-12) for other in results)
+    assert counts[0] == (5, 0) and counts[-1] == (10, 0) and 5 < counts[1][0] < 10 and counts[2][1] > 0, counts

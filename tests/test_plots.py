@@ -72,6 +72,15 @@ def test_save_figure_keeps_other_sources_out_of_figures(root, monkeypatch, varia
     assert [path.name for path in root.iterdir() if path.name in ("out", "figures")] == [folder]
 
 
+def test_save_figure_leaves_the_layout_of_a_token_figure(root):
+    plt.style.use("helpers.influence")  # which switches constrained layout on
+    fig = token_figure([Panel("one", ["Once", " upon"], [0.1, -0.2], None)])
+    before = [ax.get_position().bounds for ax in fig.axes]
+    save_figure(fig, "x")
+    fig.draw_without_rendering()
+    assert [ax.get_position().bounds for ax in fig.axes] == before
+
+
 def test_save_figure_in_fast_mode_writes_nothing(root, monkeypatch):
     monkeypatch.setenv("FAST", "1")
     assert save_figure(line_figure(), "x") is None
