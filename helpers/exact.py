@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from math import prod
 
 import torch
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, vjp, vmap
 
 from .gradients import check_targets
 from .layers import eager_attention, frozen
 from .tasks import IGNORED, summed_loss
 
 NUMBERS = 1 << 22  # in one block of per-example derivatives
-TANGENTS = 64  # directions that go through the model at once
+VECTORS = 32  # that go back through the model at once
 
 
 def hessian(model, batch, task, damping=0.0):
@@ -28,8 +28,8 @@ def hessian(model, batch, task, damping=0.0):
     and for a task that does not give (outputs, targets) of matching shapes.
     """
     with _studied(model, task, batch, "batch") as (loss, theta, batches):
-        basis = torch.eye(sum(p.numel() for p in theta.values()), dtype=_dtype(theta), device=_device(theta))
-        H = torch.cat([_products(loss, theta, batches, rows) for rows in basis.split(TANGENTS)]).double()
+        basis = torch.eye(_size(theta)).to(_first(theta))
+        H = torch.cat([_products(loss, theta, batches, rows) for rows in basis.split(VECTORS)]).double()
         return _damped((H + H.T) / 2, damping)
 
 
@@ -40,33 +40,32 @@ def ggn(model, batch, task, damping=0.0):
     targets, the identity for floating ones. It is the true Fisher matrix. Arguments and errors as in `hessian`.
     """
     with _studied(model, task, batch, "batch") as (loss, theta, batches):
-        P = sum(p.numel() for p in theta.values())
-        G = torch.zeros(P, P, dtype=torch.float64, device=_device(theta))
+        P = _size(theta)
+        G = torch.zeros(P, P, dtype=torch.float64, device=_first(theta).device)
         for one in batches:
             n_rows = prod(loss.outputs(theta, one)[0].shape[1:])
             rows = max(1, min(n_rows, NUMBERS // P))
             roots = vmap(lambda example, index: _curvature_roots(loss, theta, example, index), (0, None))
             for examples in _split(one, max(1, NUMBERS // (P * rows))):
-                for index in torch.arange(n_rows, device=_device(theta)).split(rows):
+                for index in torch.arange(n_rows, device=G.device).split(rows):
                     R = roots(examples, index).flatten(0, 1).double()
                     G.addmm_(R.T, R)
         return _damped(G / _count(batches), damping)
 
 
 def hvp(model, batch, v, task):
-    """H v with the Hessian of `hessian`, undamped, by forward over reverse: a few gradients' time, no matrix.
+    """H v with the Hessian of `hessian`, undamped, at the price of a few gradients and without the matrix.
 
     v: [P], or [k, P] for k products at once; or a dict of tensors shaped like the parameters that require gradients.
     The same comes back, in the parameters' dtype (Pearlmutter 1994). Raises ValueError for other shapes or names.
     """
     with _studied(model, task, batch, "batch") as (loss, theta, batches):
-        flat = _named(v, theta) if isinstance(v, Mapping) else v
-        P = sum(p.numel() for p in theta.values())
+        flat, P = _named(v, theta) if isinstance(v, Mapping) else v, _size(theta)
         if not isinstance(flat, torch.Tensor) or flat.dim() not in (1, 2) or flat.shape[-1] != P:
             raise ValueError(f"v: got {getattr(flat, 'shape', type(flat).__name__)}; the parameters that require "
                              f"gradients are {P} numbers: give [{P}], [k, {P}] or a dict like them")
-        flat = flat.to(_device(theta), _dtype(theta))
-        out = torch.cat([_products(loss, theta, batches, rows) for rows in flat.reshape(-1, P).split(TANGENTS)])
+        flat = flat.to(_first(theta))
+        out = torch.cat([_products(loss, theta, batches, rows) for rows in flat.reshape(-1, P).split(VECTORS)])
         if isinstance(v, Mapping):
             return {name.removeprefix("model."): value for name, value in _unflat(out[0], theta).items()}
         return out.reshape(flat.shape)
@@ -86,7 +85,7 @@ def exact_influence(model, queries, train, task, damping=0.0, curvature="hessian
     with _studied(model, task, train, "train") as (loss, theta, batches):
         given = _gradients(loss, theta, batches)
     C = (hessian if curvature == "hessian" else ggn)(model, train, task, damping)
-    _check_definite(C, curvature, damping, torch.finfo(_dtype(theta)).eps)
+    _check_definite(C, curvature, damping, torch.finfo(_first(theta).dtype).eps)
     return asked @ torch.cholesky_solve(given.T, torch.linalg.cholesky(C))
 
 
@@ -156,20 +155,26 @@ def _studied(model, task, batch, argument):
 
 
 def _products(loss, theta, batches, rows):
-    """[k, P]: the mean Hessian times each of the rows."""
+    """[k, P]: the mean Hessian times each of the rows, by reverse over reverse: one graph for all of them."""
     total = 0
     for batch in batches:
-        gradient = grad(lambda theta, batch=batch: loss.summed(theta, batch))
-        along = lambda v, gradient=gradient: _flat(jvp(gradient, (theta,), (_unflat(v, theta),))[1], theta)
-        total = total + vmap(along)(rows)
+        leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
+        with torch.enable_grad():
+            first = torch.autograd.grad(loss.summed(leaves, batch), list(leaves.values()), create_graph=True,
+                                        materialize_grads=True)
+            gradient = torch.cat([g.flatten() for g in first])
+        one = len(rows) == 1  # without vmap, whose overhead would be most of the time
+        second = torch.autograd.grad(gradient, list(leaves.values()), rows[0] if one else rows,
+                                     is_grads_batched=not one, materialize_grads=True)
+        total = total + torch.cat([g.reshape(len(rows), -1) for g in second], 1)
     return total / _count(batches)
 
 
 def _gradients(loss, theta, batches):
     """[examples, P] float64: the gradient of every example's loss."""
     one = vmap(lambda example: _flat(grad(loss.summed)(theta, _alone(example)), theta))
-    step = max(1, NUMBERS // sum(p.numel() for p in theta.values()))
-    return torch.cat([one(examples) for batch in batches for examples in _split(batch, step)]).double()
+    parts = [part for batch in batches for part in _split(batch, max(1, NUMBERS // _size(theta)))]
+    return torch.cat([one(part) for part in parts]).double()
 
 
 def _curvature_roots(loss, theta, example, index):
@@ -225,12 +230,12 @@ def _named(v, theta):
     return _flat({f"model.{name}": x for name, x in v.items()}, theta)
 
 
-def _dtype(theta):
-    return next(iter(theta.values())).dtype
+def _first(theta):
+    return next(iter(theta.values()))  # for its dtype and device
 
 
-def _device(theta):
-    return next(iter(theta.values())).device
+def _size(theta):
+    return sum(p.numel() for p in theta.values())
 
 
 def _alone(example):
@@ -238,8 +243,7 @@ def _alone(example):
 
 
 def _split(batch, step):
-    size = len(next(iter(batch.values())))
-    return [{key: value[at:at + step] for key, value in batch.items()} for at in range(0, size, step)]
+    return [{key: value[at:at + step] for key, value in batch.items()} for at in range(0, _count([batch]), step)]
 
 
 def _count(batches):
