@@ -2,6 +2,7 @@
 
 from .batches import completions, token_span, tokenize
 from .checks import check_close, pick
+from .damping import damping_sweep
 from .ekfac import EKFACFactors, fit_ekfac
 from .exact import exact_influence, ggn, hessian, hvp, leave_one_out
 from .influence import influence, self_influence, top_k
@@ -11,7 +12,8 @@ from .sources import LM, load_facts, load_lm, load_stories
 from .tasks import causal_lm, classification, regression
 
 __all__ = [
-    "LM", "EKFACFactors", "causal_lm", "check_close", "classification", "completions", "exact_influence", "fit_ekfac",
-    "ggn", "hessian", "hvp", "influence", "leave_one_out", "linear_layers", "load_facts", "load_lm", "load_stories",
-    "pick", "regression", "save_figure", "self_influence", "token_span", "tokenize", "top_k",
+    "LM", "EKFACFactors", "causal_lm", "check_close", "classification", "completions", "damping_sweep",
+    "exact_influence", "fit_ekfac", "ggn", "hessian", "hvp", "influence", "leave_one_out", "linear_layers",
+    "load_facts", "load_lm", "load_stories", "pick", "regression", "save_figure", "self_influence", "token_span",
+    "tokenize", "top_k",
 ]

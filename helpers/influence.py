@@ -8,9 +8,11 @@ from tqdm.auto import tqdm
 from .ekfac import fingerprint, rotated_gradients
 from .gradients import by_length, check_targets, finite, has_fast_head, token_gradients
 from .layers import frozen, layer_shapes
+from .output_tokens import output_token_scores
 from .tasks import causal_lm
+from .token_pairs import token_pair_scores
 
-PER = ("sequence", "token", "layer", ("layer", "token"))
+PER = ("sequence", "token", "output_token", "token_pair", "layer", ("layer", "token"))
 
 
 def influence(model, factors, queries, train, task=causal_lm, damping=None, rank=None, per="sequence", progress=True):
@@ -20,27 +22,33 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
     up-weighting influence of Koh & Liang (2017) is −I. All layers of `factors` take part, and no other parameter.
 
     per: "sequence" [query, train]; "token" [query, train, seq], where [.., t] belongs to the position that reads token
-    t and predicts t+1, 0 on pads; "layer" and ("layer", "token"): the same with a first axis for the layers of
-    `factors`, in order. seq is the widest `input_ids`. Sums over tokens and layers give the sequence score.
-    damping: see EKFACFactors.ihvp. rank: P(∇L_q) of each layer cut to this rank by SVD. Raises ValueError for factors
-    of another model, and as fit_ekfac does for bad batches.
+    t and predicts t+1, 0 on pads; "output_token", the same shape, where [.., t] is what the loss *on* token t
+    contributes, so the first is 0; "token_pair" [query, train, q_seq, seq], "token" on both sides; "layer" and
+    ("layer", "token"): with a first axis for the layers of `factors`, in order. seq is the widest `input_ids`. Sums
+    over tokens and layers give the sequence score.
+    damping: see EKFACFactors.ihvp. rank: P(∇L_q) of each layer cut to this rank by SVD, not with "token_pair". Raises
+    ValueError for factors of another model, for "output_token" where the task's targets have no token axis, and as
+    fit_ekfac does for bad batches.
     """
     if per not in PER:
         raise ValueError(f"per must be one of {PER}, got {per!r}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be None or at least 1, got {rank}")
+    if rank is not None and (rank < 1 or per == "token_pair"):
+        raise ValueError(f"rank must be None or at least 1, got {rank}" if rank < 1 else
+                         f"rank must be None with per='token_pair', got {rank}: its pairs are of full rank")
     check_factors(model, factors)
     check_targets(queries, task, "queries")
     check_targets(train, task, "train")
-    tokens = per in ("token", ("layer", "token"))
     with frozen(model):
+        if per == "token_pair":
+            return token_pair_scores(model, factors, queries, train, task, damping, progress)
         gradients = sequence_gradients(model, queries, list(factors.A), task)
         directions = factors.ihvp(gradients, damping)
         if rank is not None:
             directions = {name: truncate(value, rank) for name, value in directions.items()}
-        score = _token_scores if tokens else _sequence_scores
-        scores = _collect(model, train, directions, task, score, "layer" in per, progress)
-    return scores
+        if per == "output_token":
+            return output_token_scores(model, train, directions, task, progress)
+        score = _token_scores if per in ("token", ("layer", "token")) else sequence_scores
+        return collect(model, train, directions, task, score, "layer" in per, progress)
 
 
 def check_factors(model, factors):
@@ -79,7 +87,7 @@ def truncate(V, rank):
     return (U[..., :rank] * sizes[..., None, :rank]).to(V), W[..., :rank, :].to(V)
 
 
-def _sequence_scores(a, ds, V):
+def sequence_scores(a, ds, V):
     """[query, B]: ⟨V, Σ_t Ds_t ā_tᵀ⟩; the gradient of each example is formed once for all queries."""
     V = V[0] @ V[1] if isinstance(V, tuple) else V
     return V.flatten(1) @ (ds.transpose(1, 2) @ a).flatten(1).T
@@ -94,7 +102,7 @@ def _token_scores(a, ds, V):
     return torch.stack([(a @ v.T).mul_(ds).sum(2) for v in V])
 
 
-def _collect(model, train, directions, task, score, by_layer, progress):
+def collect(model, train, directions, task, score, by_layer, progress):
     """Scores of every training batch, in the order given: [query, train (, seq)], with a first axis where by_layer."""
     groups, layers = by_length(train), list(directions)
     fast = has_fast_head(model, groups[0][1], layers, task)
@@ -109,7 +117,7 @@ def _collect(model, train, directions, task, score, by_layer, progress):
             if value.shape[2] > out.shape[3]:
                 out = F.pad(out, (0, value.shape[2] - out.shape[3]))
             out[number if by_layer else 0][:, rows, : value.shape[2]] += value
-    if score is _sequence_scores:
+    if score is sequence_scores:
         out = out[..., 0]
     elif "input_ids" in train[0]:
         out = F.pad(out, (0, max(batch["input_ids"].shape[-1] for batch in train) - out.shape[3]))
