@@ -2,14 +2,12 @@
 
 TINYSTORIES names the model and STORIES the stories (helpers.sources): bundled, hub, or a folder. With the bundled
 corpus the queries are planted facts, so the answer is known, and the model's own continuations of held-out openings;
-with others only these. Everything is written to out/.
+with others only these. Everything is written to out/, explorer.html among it.
 """
 
 import os
-import re
 import sys
 import time
-from typing import NamedTuple
 
 import matplotlib
 
@@ -17,25 +15,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
-from . import completions, fit_ekfac, influence, linear_layers, load_facts, load_lm, load_stories, tokenize, top_k
+from . import completions, explorer, fit_ekfac, influence, linear_layers, tokenize, top_k
 from .heatmap import Panel, token_figure, tokens_of
 from .plots import output_folder
-from .tasks import causal_lm, summed_loss
+from .queries import MAX_LENGTH, continued, examples, known_facts, load_sources, probability, tellings_found, what
 
 LAYERS = r"mlp"  # the linear layers of every block's MLP, in GPT-Neo and in Llama
-MAX_STORIES = {"bundled": None, "hub": 1000}  # None: all
-MAX_FOLDER_STORIES = 3000  # what two cores do in five minutes with a small vocabulary
-MAX_LENGTH = 512
 SHOWN = 5  # stories printed at each end of a ranking
 TOLD = (8, 16, 32)  # planted facts to ask for: the best known of those told so many times
-
-
-class Query(NamedTuple):
-    prompt: str
-    completion: str
-    places: object = None  # DataFrame: where the planted fact, its distractors and denials stand; None for no fact
 
 
 def main():
@@ -57,85 +45,33 @@ def main():
     print(f"scores of {len(queries)} queries × {len(stories):,} stories: {time.perf_counter() - start:.0f} s")
     paths = [report(number, query, lm, factors, scores[number], train) for number, query in enumerate(queries)]
     print("\nWhich tokens of these stories carry the influence:", *paths, sep="\n  ")
+    print(f"The same with {explorer.SHOWN} stories a query, to be explored in a browser:\n  "
+          f"{explore(lm, factors, queries, stories, train, scores)}")  # fmt: skip
     print(f"All in all {time.perf_counter() - began:.0f} s. notebooks/06_ekfac_tinystories.ipynb explains the numbers.")
     return 0
 
 
 def prepare(model_source, stories_source):
     """(LM, training texts, queries, layer names, training batches); ValueError or OSError for sources that fail."""
-    if not stories_source and model_source not in ("bundled", "hub"):
-        raise ValueError(f"TINYSTORIES={model_source} names a model; name its stories as well: STORIES=folder or hub")
-    stories_source = stories_source or model_source
-    lm = load_lm(model_source)
-    stories = list(load_stories(stories_source, "train", MAX_STORIES.get(stories_source, MAX_FOLDER_STORIES))["text"])
-    planted = model_source == stories_source == "bundled"
-    try:
-        held_out = list(load_stories(stories_source, "validation", 8)["text"])
-    except FileNotFoundError:
-        print("No validation split: the openings are those of the last training stories, which are left out.")
-        stories, held_out = stories[:-8], stories[-8:]
-    queries = known_facts(lm) if planted else []
-    openings = [opening for opening in map(first_sentence, held_out) if opening]
-    queries += [Query(opening, continuation(lm, opening)) for opening in openings[: 1 if planted else 4]]
-    queries = [query for query in queries if query.completion.strip()]
+    lm, stories, held_out, planted = load_sources(model_source, stories_source)
+    queries = known_facts(lm, TOLD) if planted else []
+    queries += continued(lm, held_out, 1 if planted else 4)
     return lm, stories, queries, linear_layers(lm.model, LAYERS), tokenize(stories, lm.tokenizer, MAX_LENGTH)
-
-
-def known_facts(lm):
-    """Of the facts for reporting, for every count in TOLD the one whose completion the model finds most probable."""
-    facts = load_facts()
-    facts = facts[(facts["split"] == "reporting") & facts["tellings"].isin(TOLD)]
-    asked = facts.drop_duplicates("fact")
-    asked = asked.assign(p=[probability(lm, *pair) for pair in zip(asked["prompt"], asked["completion"])])
-    best = asked.sort_values("p").groupby("tellings").tail(1).sort_values("tellings")
-    return [Query(row.prompt, row.completion, facts[facts["fact"] == row.fact]) for row in best.itertuples()]
-
-
-def probability(lm, prompt, completion):
-    """p(completion | prompt) under the model."""
-    (batch,) = completions([(prompt, completion)], lm.tokenizer, max_length=MAX_LENGTH)
-    with torch.no_grad():
-        return float(torch.exp(-summed_loss(*causal_lm(lm.model, batch))))
-
-
-def first_sentence(text):
-    """The opening of a story up to its first full stop after 25 characters; "" if there is none within 200."""
-    found = re.match(r".{25,200}?[.!?][\"”]?(?=\s)", text.strip(), re.S)
-    return found[0] if found else ""
-
-
-def continuation(lm, prompt, most=30):
-    """The model's own next sentence after `prompt`, greedily, in at most `most` tokens."""
-    (batch,) = tokenize([prompt], lm.tokenizer, max_length=MAX_LENGTH)
-    ids = batch["input_ids"]
-    end = lm.tokenizer.eos_token_id
-    ids = ids[:, :-1] if ids[0, -1] == end else ids
-    head = lm.tokenizer.decode(ids[0], skip_special_tokens=True)
-    for _ in range(most):
-        with torch.no_grad():
-            new = lm.model(input_ids=ids).logits[:, -1:].argmax(-1)
-        if new.item() == end:
-            break
-        ids = torch.cat([ids, new], 1)
-        text = lm.tokenizer.decode(ids[0], skip_special_tokens=True)[len(head) :]
-        if re.search(r"[.!?][\"”]?$", text):
-            break
-    return lm.tokenizer.decode(ids[0], skip_special_tokens=True)[len(head) :].rstrip()
 
 
 def report(number, query, lm, factors, scores, train):
     """Print the ranking of one query, save the token heat map of its extremes, and return where it is."""
     print(f"\nQuery {number + 1}: {query.prompt}[{query.completion}]")
     print(f"  the loss is that of [...], whose probability is {probability(lm, query.prompt, query.completion):.2g}"
-          f"{tellings_found(query.places, scores)}")  # fmt: skip
+          f"{found_again(query.places, scores)}")  # fmt: skip
     print("  score, story, and in [] the token whose prediction of the next one adds most to the score")
     asked = completions([(query.prompt, query.completion)], lm.tokenizer, max_length=MAX_LENGTH)[0]
     panels = [query_panel(number, asked, lm.tokenizer)]
     ranking = top_k(scores[None], min(SHOWN, len(scores) // 2))
-    singles = [example(train, row) for row in ranking["train"]]
-    values = influence(lm.model, factors, [asked], singles, per="token", progress=False)[0]
-    for line, single, value in zip(ranking.itertuples(), singles, values):
-        ids = single["input_ids"][single["attention_mask"].bool()]
+    (found,) = examples(train, list(ranking["train"]), len(ranking))
+    values = influence(lm.model, factors, [asked], [found], per="token", progress=False)[0]
+    for line, ids, mask, value in zip(ranking.itertuples(), found["input_ids"], found["attention_mask"], values):
+        ids = ids[mask.bool()]
         tokens, value = tokens_of(lm.tokenizer, ids), value[: len(ids)].numpy()
         kind = what(line.train, query.places)
         print(f"  {line.rank:+3d} {line.score:+10.3g}  story {line.train:<5d} {kind:<12} {excerpt(tokens, value)}")
@@ -145,19 +81,22 @@ def report(number, query, lm, factors, scores, train):
     return save(panels, f"run_query_{number + 1}.png")
 
 
-def example(batches, row):
-    """Number `row` of the examples in `batches` (all but the last of one size), as a batch of its own."""
-    batch, at = divmod(row, len(batches[0]["input_ids"]))
-    return {name: value[at : at + 1] for name, value in batches[batch].items()}
-
-
-def tellings_found(places, scores):
-    """How many tellings of a planted fact are among as many most helpful stories, as the end of a sentence."""
+def found_again(places, scores):
+    """What is said of a planted fact: how many of its tellings are among as many most helpful stories."""
     if places is None:
         return ""
-    told = set(places.loc[places["kind"].isin(["literal", "paraphrased"]), "row"])
-    found = len(told & set(scores.topk(len(told)).indices.tolist()))
-    return f"; a planted fact, told in {len(told)} stories: {found} of them among the {len(told)} most helpful"
+    told, found = tellings_found(places, scores)
+    return f"; a planted fact, told in {told} stories: {found} of them among the {told} most helpful"
+
+
+def explore(lm, factors, queries, stories, train, scores):
+    """Write out/explorer.html with as many stories a query as there are to show, and return where it is."""
+    shown = min(explorer.SHOWN, len(stories) // 2 * 2)
+    page = explorer.explore(lm, factors, queries, stories, train, scores, shown, MAX_LENGTH,
+                            queries[0].places is not None)
+    path = output_folder("out") / "explorer.html"
+    explorer.write_page(path, *page)
+    return os.path.relpath(path)
 
 
 def save(panels, name):
@@ -177,12 +116,6 @@ def query_panel(number, batch, tokenizer):
     span = (int(taken[0]), int(taken[-1]) + 1)
     tokens = tokens_of(tokenizer, batch["input_ids"][0][real])
     return Panel(f"query {number + 1}, its loss underlined", tokens, None, span)
-
-
-def what(row, places):
-    """What a training story is to a planted fact: literal, paraphrased, distractor, denial, or nothing to say."""
-    kinds = [] if places is None else places.loc[places["row"] == row, "kind"].tolist()
-    return " + ".join(sorted(set(kinds)))
 
 
 def excerpt(tokens, values, width=32):

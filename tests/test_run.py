@@ -5,12 +5,13 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import run
+from helpers import explorer, queries, run
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "MAX_STORIES", {"bundled": 40, "hub": 40})
+    monkeypatch.setattr(queries, "MAX_STORIES", {"bundled": 40, "hub": 40})
+    monkeypatch.setattr(explorer, "SHOWN", 6)
     monkeypatch.setattr(run, "output_folder", lambda name: tmp_path)
     for name in ("TINYSTORIES", "STORIES"):
         monkeypatch.delenv(name, raising=False)
@@ -22,7 +23,10 @@ def test_the_bundled_run_from_end_to_end(small, capsys):
     text = capsys.readouterr().out
     assert text.count("a planted fact, told in") == len(run.TOLD) and "Query 4" in text
     assert text.count("  story ") == 4 * 2 * run.SHOWN, "the most and the least helpful stories of every query"
-    assert sorted(path.name for path in small.iterdir()) == [f"run_query_{n}.png" for n in (1, 2, 3, 4)]
+    assert sorted(path.name for path in small.iterdir()) == \
+        ["explorer.html", *(f"run_query_{n}.png" for n in (1, 2, 3, 4))]  # fmt: skip
+    page = (small / "explorer.html").read_text("utf-8")
+    assert page.count('"rank":') == 4 * 6 and '"bundled":true' in page, "a page of the same queries"
 
 
 @pytest.mark.parametrize("model, stories, message", [
@@ -49,12 +53,13 @@ def test_stories_without_a_validation_split_keep_some_back(small, monkeypatch, t
 
 
 def test_tellings_found_counts_stories_that_tell_it():
-    kinds = ["literal", "paraphrased", "literal", "denial", "distractor"]
-    places = pd.DataFrame({"row": [0, 2, 2, 5, 7], "kind": kinds})
+    kinds = ["literal", "paraphrased", "literal", "denial", "distractor", "literal"]
+    places = pd.DataFrame({"row": [0, 2, 2, 5, 7, 99], "kind": kinds})  # story 99 was not searched
     scores = torch.tensor([9.0, 0, 1, 2, 0, 8, 0, 0])
-    assert "told in 2 stories: 1 of them among the 2 most helpful" in run.tellings_found(places, scores)
-    assert run.tellings_found(None, scores) == ""
-    assert run.what(2, places) == "literal + paraphrased" and run.what(3, places) == "" == run.what(2, None)
+    assert queries.tellings_found(places, scores) == (2, 1)
+    assert "told in 2 stories: 1 of them among the 2 most helpful" in run.found_again(places, scores)
+    assert run.found_again(None, scores) == ""
+    assert queries.what(2, places) == "literal + paraphrased" and queries.what(3, places) == "" == queries.what(2, None)
 
 
 def test_excerpt_marks_the_token_behind_the_sign():
@@ -66,11 +71,17 @@ def test_excerpt_marks_the_token_behind_the_sign():
 
 
 def test_first_sentence():
-    assert run.first_sentence('"Hello there, my dear little friend!" said Tom. He ran.') == \
+    assert queries.first_sentence('"Hello there, my dear little friend!" said Tom. He ran.') == \
         '"Hello there, my dear little friend!"'  # fmt: skip
-    assert run.first_sentence("Too short.") == ""
+    assert queries.first_sentence("Too short.") == ""
 
 
-def test_example_is_the_row_asked_for():
-    batches = [{"input_ids": torch.arange(6).view(3, 2)}, {"input_ids": torch.arange(6, 8).view(1, 2)}]
-    assert [run.example(batches, row)["input_ids"].tolist() for row in (1, 3)] == [[[2, 3]], [[6, 7]]]
+def test_examples_are_the_rows_asked_for():
+    def batch(ids):
+        ids = torch.tensor(ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    batches = [batch([[1, 2], [3, 4]]), batch([[5, 6, 7]])]
+    first, second = queries.examples(batches, [1, 2, 0], size=2)
+    assert first["input_ids"].tolist() == [[3, 4, 0], [5, 6, 7]] and second["input_ids"].tolist() == [[1, 2, 0]]
+    assert first["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]] and first["labels"][0].tolist() == [3, 4, -100]
