@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
          "JUPYTER_PREFER_ENV_PATH": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
 
+COMMANDS = ("run.py", "queries.py", "explorer.py", "explorer.html")  # no notebook imports them
+
 
 def code_only(text):
     """Python source without comments, docstrings and blank lines."""
@@ -45,9 +47,9 @@ def source_hash(notebook):
 
 
 def helpers_hash(folder=ROOT / "helpers"):
-    """Hash of the package and its data; run.py, which no notebook imports, and Markdown are left out."""
+    """Hash of the package and its data, without Markdown and what only the commands use."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    paths = [path for path in paths if path.name != "run.py" and path.suffix not in (".md", ".pyc")]
+    paths = [path for path in paths if path.name not in COMMANDS and path.suffix not in (".md", ".pyc")]
     texts = [code_only(path.read_text("utf-8")) if path.suffix == ".py" else path.read_bytes() for path in paths]
     names = [path.relative_to(folder).as_posix() for path in paths]
     return _hash(part for pair in zip(names, texts, strict=True) for part in pair)
