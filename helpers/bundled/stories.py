@@ -28,33 +28,31 @@ def pronouns(kid, prefix=""):
     return dict(zip((f"{prefix}he", f"{prefix}him", f"{prefix}his", f"{prefix}himself"), words))
 
 
-def friend(rules, rng, his):
-    """Bindings of the second character: an animal, another child, or someone of the family."""
-    kid = rng.choice(("girl", "boy"))
-    draw = rng.random()
-    if draw < 0.45:
-        animal, trait = rng.choice(rules["animals"]), rng.choice(rules["trait"])
-        names = {"F": f"the {animal}", "F.intro": f"a {trait} {animal}"}
-    elif draw < 0.8:
-        name = rng.choice(rules[f"friend_{kid}s"])
-        names = {"F": name, "F.intro": rng.choice((f"{his} friend {name}", f"a {kid} named {name}", f"little {name}"))}
-    else:
-        who = rng.choice(("sister", "cousin", "aunt") if kid == "girl" else ("brother", "cousin", "uncle"))
-        names = {"F": f"{his} {who}", "F.intro": f"{his} {rng.choice(rules['trait'])} {who}"}
-    return names | pronouns(kid, "F.")
+def world(name, kid, rules):
+    """What belongs to a child in all of its stories: traits, things, two adults, and two who come along."""
+    own = Random(f"traits {name}")
+    bound = {part: own.choice(rules[f"trait_{part}"]) for part in TRAITS}
+    his, trait, animal = ("her" if kid == "girl" else "his"), own.choice(rules["trait"]), own.choice(rules["beasts"])
+    relative = own.choice(("sister", "cousin", "aunt", "brother", "uncle"))
+    boy = bound["pal"] in rules["friend_boys"]
+    pet = ({"F": f"the {animal}", "F.intro": f"a {trait} {animal}"}, own.choice(("girl", "boy")))
+    pal = ({"F": bound["pal"], "F.intro": f"{his} friend {bound['pal']}"}, "boy" if boy else "girl")
+    family = ({"F": f"{his} {relative}", "F.intro": f"{his} {trait} {relative}"},
+              "boy" if relative in ("brother", "uncle") else "girl")
+    friends = [own.choice((pet, pet, pal)), family]
+    return bound, friends, own.sample(rules["nouns"], 4), own.sample(rules["adults"], 2)
 
 
 def bindings(order, rules, rng):
     """Everything a story's templates may refer to, drawn once, so that what is introduced stays the same."""
-    bound = {"N": order.name, "kid": order.kid} | pronouns(order.kid)
-    bound |= friend(rules, rng, bound["his"])
-    adult = rng.choice(rules["adults"]).split(";")
-    bound |= dict(zip(("G", "G.he", "G.him", "G.his"), adult))
-    animal = rng.choice([a for a in rules["animals"] if f"the {a}" != bound["F"]])
+    own, friends, things, adults = world(order.name, order.kid, rules)
+    bound = {"N": order.name, "kid": order.kid} | own | pronouns(order.kid)
+    names, kid = friends[rng.random() < 0.25]
+    bound |= names | pronouns(kid, "F.")
+    bound |= dict(zip(("G", "G.he", "G.him", "G.his"), rng.choice(adults).split(";")))
+    animal = rng.choice([a for a in rules["beasts"] if f"the {a}" != bound["F"]])
     bound |= {"A": f"the {animal}", "A.bare": f"a {animal}", "A.intro": f"a {rng.choice(rules['size'])} {animal}"}
-    own = Random(f"traits {order.name}")  # the same in every story of this child
-    bound |= {part: own.choice(rules[f"trait_{part}"]) for part in TRAITS}
-    bound |= {"O": rng.choice(rules["nouns"]), "J": rng.choice(rules["adjectives"])}
+    bound |= {"O": rng.choice(things), "J": rng.choice(rules["adjectives"])}
     bound |= dict(zip(("v", "v.ed", "v.ing"), rng.choice(rules["verbs"]).split(";")))
     bound |= dict(zip(("P.in", "P.to", "P"), rng.choice(rules["places"]).split(";")))
     return bound

@@ -1,10 +1,10 @@
 """Finding the tellings of the planted facts at other checkpoints: `python tests/benchmarks/retrieval.py`.
 
 Writes retrieval.csv beside this file, which notebook 06 shows: for the bundled model, each of its checkpoints and other
-models (`seed1=FOLDER`), the average precision of every method on the reporting half of the facts with its 95% interval
+models (`name=FOLDER`), the average precision of every method on the reporting half of the facts with its 95% interval
 over facts, and the paired gain over the gradient dot product, among the stories that mention a fact of that half and
-every EVERY-th of all. For the bundled model also the grid of layers, dampings and query forms on the choosing half,
-among all stories.
+every EVERY-th of all; among all stories for a model with another seed. For the bundled model also the grid of layers,
+dampings and query forms on the choosing half, among all stories.
 Seeded; a model whose rows are in the table is skipped, so a run that was stopped goes on with the next one.
 """
 
@@ -31,7 +31,7 @@ UNIONS = {"mlp": ("mlp, early", "mlp, late"), "mlp and attention": tuple(PIECES)
 DAMPINGS = (0.01, 0.1, 1.0)  # × mean(Lambda) of each layer
 CHOSEN = {"layers": "mlp", "damping": 0.1, "query": "completion"}
 LEARNED = 0.3  # P(completion) from which a fact counts as learned
-PASSES = 24  # of the bundled model; a checkpoint has its own in its name
+PASSES = 12  # of the bundled model and of seed1; a checkpoint has its own in its name
 N_FIT = {"choosing": 2000, "reporting": 1000}
 EVERY, CHUNK, SEED = 6, 16, 0
 KINDS = ("literal", "paraphrased")
@@ -150,7 +150,8 @@ def summary(found, facts, mentions, about):
 def one_model(name, lm, split, stories, held_out, mentions):
     """All rows of one model on one half of the facts; on the choosing half the whole grid, with attention layers."""
     start, grid, mentions = time.time(), split == "choosing", mentions[mentions.split == split]
-    searched = sorted({*mentions.row, *range(0, len(stories), 1 if grid else EVERY)})
+    every = 1 if grid or name.startswith("seed") else EVERY
+    searched = sorted({*mentions.row, *range(0, len(stories), every)})
     mentions = mentions.assign(row=np.searchsorted(searched, mentions.row))
     texts = [stories[row]["text"] for row in searched]
     facts = mentions.drop_duplicates("fact").reset_index(drop=True)
@@ -173,7 +174,7 @@ def one_model(name, lm, split, stories, held_out, mentions):
 
 
 def main():
-    there = sorted(path.name for path in (BUNDLED / "checkpoints").glob("pass*"))
+    there = sorted(path.name for path in (BUNDLED / "checkpoints").glob("*"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["model", *there])
     parser.add_argument("--out", type=Path, default=TABLE)
