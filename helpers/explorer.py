@@ -68,20 +68,23 @@ def main(argv=None):
 def parser():
     """The options of the command line."""
     p = argparse.ArgumentParser(
-        prog="python -m helpers.explorer", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m helpers.explorer",
         description="Write one self-contained HTML page: for every query its most helpful and most harmful training "
-                    "stories, each coloured by what its tokens add to the score.")  # fmt: skip
+                    "stories with their scores, each story coloured by what its tokens add: as train tokens, for all layers "
+                    "or for one of four groups of blocks, as output tokens, or through one token of the query.",
+        epilog="The page needs no network and no server: it opens from disk.")  # fmt: skip
     say = p.add_argument
-    say("--model", default=os.environ.get("TINYSTORIES") or "bundled", help="bundled, hub, a folder, or a hub id")
+    say("--model", default=os.environ.get("TINYSTORIES") or "bundled",
+        help="bundled, hub, a folder, or a hub id: %(default)s")  # fmt: skip
     say("--stories", default=os.environ.get("STORIES") or None,
         help="bundled, hub, a folder or file, or a dataset id; needed with a model folder; the model's own if left out")
     say("--query", nargs="+", action="append", metavar="TEXT",
         help="PROMPT COMPLETION: whose loss is asked about; PROMPT alone: the model goes on by itself. Repeat for "
              "more. Left out: planted facts (bundled) and openings of held-out stories")  # fmt: skip
-    say("--shown", type=int, default=SHOWN, metavar="N", help="stories a query: N/2 helpful, N/2 harmful ones")
+    say("--shown", type=int, default=SHOWN, metavar="N", help="stories a query, half helpful, half harmful: %(default)s")
     say("--limit", type=int, default=None, metavar="N", help="search only the first N stories")
-    say("--layers", default="mlp", metavar="PATTERN", help="a regular expression over the names of linear layers")
-    say("--max-length", type=int, default=MAX_LENGTH, metavar="N", help="tokens of a story, or of a query, at most")
+    say("--layers", default="mlp", metavar="PATTERN", help="a regular expression over names of layers: %(default)s")
+    say("--max-length", type=int, default=MAX_LENGTH, metavar="N", help="most tokens of a story or query: %(default)s")
     say("--out", default=None, metavar="FILE",
         help="the page; figures/explorer.html for the bundled source and out/explorer.html for others if left out")
     return p
@@ -147,9 +150,10 @@ def explore(lm, factors, queries, stories, train, scores, shown=SHOWN, max_lengt
 
 
 def blocks(layers):
-    """{name: [index of a layer]}: at most MAX_BLOCKS groups of neighbouring blocks of the model, counted from 1.
+    """{name: [index of a layer]}: at most MAX_BLOCKS groups of neighbouring blocks of the model, the first being 1.
 
-    A layer's block is the first number in its name. Layers whose names have none (or all the same) are blocks.
+    A layer's block is the first number in its name. Where there are no numbers, or all are the same, the layers
+    themselves are grouped.
     """
     found = [re.search(r"(?<![^.])\d+(?![^.])", name) for name in layers]
     numbers = [int(match[0]) if match else -1 for match in found]
@@ -157,7 +161,7 @@ def blocks(layers):
     every = sorted(set(numbers))
     groups = {}
     for part in np.array_split(every, min(MAX_BLOCKS, len(every))):
-        first, last = every.index(part[0]) + 1, every.index(part[-1]) + 1
+        first, last = part[0] + 1, part[-1] + 1
         name = f"{word} {first}" if first == last else f"{word}s {first}–{last}"
         groups[name] = [at for at, number in enumerate(numbers) if number in part]
     return groups

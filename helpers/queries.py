@@ -38,7 +38,7 @@ def load_sources(model_source, stories_source=None, limit=None):
                          "STORIES=…, or --stories … where there are options")
     stories_source = stories_source or model_source
     lm = load_lm(model_source)
-    limit = limit or MAX_STORIES.get(stories_source, MAX_FOLDER_STORIES)
+    limit = MAX_STORIES.get(stories_source, MAX_FOLDER_STORIES) if limit is None else limit
     stories = list(load_stories(stories_source, "train", limit)["text"])
     try:
         held_out = list(load_stories(stories_source, "validation", HELD_OUT)["text"])

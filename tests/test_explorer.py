@@ -118,7 +118,7 @@ def test_blocks_of_layers():
     five = explorer.blocks(names(5))
     assert list(five) == ["blocks 1–2", "block 3", "block 4", "block 5"]
     assert explorer.blocks(["a", "b", "c"]) == {"layer 1": [0], "layer 2": [1], "layer 3": [2]}
-    assert explorer.blocks(["h.11.x", "h.2.x"]) == {"block 1": [1], "block 2": [0]}, "numbers, not strings"
+    assert explorer.blocks(["h.11.x", "h.2.x"]) == {"block 3": [1], "block 12": [0]}, "numbers, not strings"
 
 
 def test_quantise():
