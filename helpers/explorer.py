@@ -70,8 +70,8 @@ def parser():
     p = argparse.ArgumentParser(
         prog="python -m helpers.explorer",
         description="Write one self-contained HTML page: for every query its most helpful and most harmful training "
-                    "stories with their scores, each story coloured by what its tokens add: as train tokens, for all layers "
-                    "or for one of four groups of blocks, as output tokens, or through one token of the query.",
+                    "stories with their scores, each story coloured by what its tokens add: as train tokens, for all "
+                    "layers or for one of four groups of blocks, as output tokens, or through one token of the query.",
         epilog="The page needs no network and no server: it opens from disk.")  # fmt: skip
     say = p.add_argument
     say("--model", default=os.environ.get("TINYSTORIES") or "bundled",
@@ -81,7 +81,7 @@ def parser():
     say("--query", nargs="+", action="append", metavar="TEXT",
         help="PROMPT COMPLETION: whose loss is asked about; PROMPT alone: the model goes on by itself. Repeat for "
              "more. Left out: planted facts (bundled) and openings of held-out stories")  # fmt: skip
-    say("--shown", type=int, default=SHOWN, metavar="N", help="stories a query, half helpful, half harmful: %(default)s")
+    say("--shown", type=int, default=SHOWN, metavar="N", help="stories a query, half of them harmful: %(default)s")
     say("--limit", type=int, default=None, metavar="N", help="search only the first N stories")
     say("--layers", default="mlp", metavar="PATTERN", help="a regular expression over names of layers: %(default)s")
     say("--max-length", type=int, default=MAX_LENGTH, metavar="N", help="most tokens of a story or query: %(default)s")
