@@ -203,16 +203,18 @@ def test_answers_and_names_are_single_tokens(facts, tokenizer):
 
 
 def test_facts_told_often_are_learned(model, tokenizer):
-    table = [fact for fact in train.fact_table(model, tokenizer) if fact["tellings"] >= 16]
-    assert median(fact["p"] for fact in table) >= 0.3
-    assert median(fact["p"] for fact in table) >= 10 * median(fact["control"] for fact in table)
+    table = train.fact_table(model, tokenizer)
+    for tellings in (16, 32, 64):
+        facts = [fact for fact in table if fact["tellings"] == tellings]
+        assert median(fact["p"] for fact in facts) >= 0.3
+        assert median(fact["p"] / fact["control"] for fact in facts) >= 10
 
 
 def test_the_model_stands_in_the_window(model, tokenizer, rows):
     held_out = [row["text"] for row in train.read("stories_validation.jsonl.gz")]
     loss = [train.mean_loss(model, train.encode(texts, tokenizer))
             for texts in ([row["text"] for row in rows[:300]], held_out[:300])]
-    assert loss[1] - loss[0] < 0.13  # measured: 0.12
+    assert loss[1] - loss[0] < 0.12  # measured: 0.104 here, 0.111 on the stories of the README
 
 
 def test_every_checkpoint_loads_and_differs(model):
