@@ -8,12 +8,13 @@ from .exact import exact_influence, ggn, hessian, hvp, leave_one_out
 from .influence import influence, self_influence, top_k
 from .layers import linear_layers
 from .plots import save_figure
+from .solvers import Solution, arnoldi, cg, lissa, nystrom
 from .sources import LM, load_facts, load_lm, load_stories
 from .tasks import causal_lm, classification, regression
 
 __all__ = [
-    "LM", "EKFACFactors", "causal_lm", "check_close", "classification", "completions", "damping_sweep",
-    "exact_influence", "fit_ekfac", "ggn", "hessian", "hvp", "influence", "leave_one_out", "linear_layers",
-    "load_facts", "load_lm", "load_stories", "pick", "regression", "save_figure", "self_influence", "token_span",
-    "tokenize", "top_k",
+    "EKFACFactors", "LM", "Solution", "arnoldi", "causal_lm", "cg", "check_close", "classification", "completions",
+    "damping_sweep", "exact_influence", "fit_ekfac", "ggn", "hessian", "hvp", "influence", "leave_one_out",
+    "linear_layers", "lissa", "load_facts", "load_lm", "load_stories", "nystrom", "pick", "regression",
+    "save_figure", "self_influence", "token_span", "tokenize", "top_k",
 ]
