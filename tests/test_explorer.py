@@ -96,7 +96,8 @@ def test_the_numbers_are_those_of_influence_to_quantisation(small, tmp_path):
 def test_the_texts_are_what_the_model_read_and_plants_are_marked(small):
     lm, stories, queries, train, factors, scores, (data, _) = small
     for row, tokens in data["stories"].items():
-        assert len(tokens) == 96 and stories[int(row)].startswith("".join(tokens[1:])), "the first is the start token"
+        assert len(tokens) == min(96, len(lm.tokenizer(stories[int(row)])["input_ids"]))
+        assert stories[int(row)].startswith("".join(tokens[1:])), "the first is the start token"
     entry = data["queries"][0]
     first, end = entry["taken"]
     assert "".join(entry["tokens"][first:end]) == queries[0].completion
@@ -282,11 +283,11 @@ def test_queries_and_scores(opened, file):
     page = opened()
     assert page.locator(".story h3").all_inner_texts() == ["+100", "+50", "+33.33", "−100", "−50", "−33.33"]
     assert page.locator("#harmful").locator("xpath=..").locator(".story").count() == 3
-    assert "told in 4 of the stories searched; 3 of them" in page.locator("#note").inner_text()
+    assert "planted fact: 3 of its 4 tellings are among" in page.locator("#note").inner_text()
     assert page.locator(".kind").all_inner_texts() == ["literal"] and page.locator(".story .mark").count() == 2
     page.select_option("#query", "1")
     assert page.locator(".story .soft").first.inner_text() == "story 6"
-    assert "told" not in page.locator("#note").inner_text()
+    assert "planted" not in page.locator("#note").inner_text()
     assert page.locator("#asked").inner_text().split() == ["q0", "q1", "q2", "q3", "fine"]
     assert page.locator("#asked .mark").all_inner_texts() == ["fine"]
 
@@ -302,7 +303,7 @@ def test_every_view_colours_and_tells_its_own_numbers(opened, file):
         for t in (0, 12, 20):
             page.locator(".story").first.locator(".tokens span").nth(t).hover()
             text = page.locator("#tip").inner_text()
-            assert ("0 (below" in text) if values[t] == 0 else shown_number(page) == pytest.approx(values[t], rel=6e-3)
+            assert ("0 ± " in text) if values[t] == 0 else shown_number(page) == pytest.approx(values[t], rel=6e-3)
         seen.append(colours(page))
         full = float(page.locator("#high").inner_text().split()[1])
         for colour, value in zip(seen[-1], values):
@@ -322,7 +323,7 @@ def test_a_query_token_colours_what_influenced_it(opened, file):
     page = opened()
     before, token = colours(page, 2), page.locator("#asked span").nth(3)
     token.hover()
-    assert "through the query’s “ q3”" in page.locator("#measure").inner_text() and colours(page, 2) != before
+    assert "through the query’s “\u00a0q3”" in page.locator("#measure").inner_text() and colours(page, 2) != before
     page.mouse.move(700, 5)
     assert colours(page, 2) == before
     token.click()
@@ -371,10 +372,10 @@ def test_the_keyboard_reaches_everything(opened, file):
     assert page.locator(".story .soft").first.inner_text() == "story 6"
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
-    assert "“ q1”" in page.locator("#measure").inner_text()
+    assert "“\u00a0q1”" in page.locator("#measure").inner_text()
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
-    assert "“ q1” (kept" in page.locator("#measure").inner_text()
+    assert "“\u00a0q1” (kept" in page.locator("#measure").inner_text()
     page.keyboard.press("Escape")
     page.keyboard.press("ArrowRight")
     assert "Output-token" in page.locator("#measure").inner_text()
@@ -417,7 +418,7 @@ def test_narrow_screens(opened, file, width):
         assert shown_number(page) == pytest.approx(expected(file, 0, 4, 0)[12], rel=6e-3)
         assert page.locator("#asked").bounding_box()["y"] >= 0, "the query stays in sight, its tokens can be tapped"
         page.locator("#asked span").nth(2).tap()
-        assert "“ q2” (kept" in page.locator("#measure").inner_text()
+        assert "“\u00a0q2” (kept" in page.locator("#measure").inner_text()
         page.locator("#asked span").nth(2).tap()
         assert "all layers" in page.locator("#measure").inner_text()
         page.locator("#jump a").last.click()
