@@ -23,7 +23,7 @@ from .queries import MAX_LENGTH, continued, examples, known_facts, load_sources,
 
 LAYERS = r"mlp"  # the linear layers of every block's MLP, in GPT-Neo and in Llama
 SHOWN = 5  # stories printed at each end of a ranking
-TOLD = (8, 16, 32)  # planted facts to ask for: the best known of those told so many times
+TOLD = (2, 8, 16)  # planted facts to ask for: the best known of those told so many times
 
 
 def main():
