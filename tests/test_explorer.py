@@ -251,6 +251,9 @@ def opened(browser, file):
         context.close()
 
 
+# Inside a story the tests read text_content: innerText is empty until the browser has laid out what is in sight.
+
+
 def colours(page, story=0):
     return page.locator(".story").nth(story).locator(".tokens span").evaluate_all(
         "spans => spans.map(s => getComputedStyle(s).backgroundColor)")  # fmt: skip
@@ -267,7 +270,7 @@ def shown_number(page):
 
 def test_hostile_text_is_shown_and_not_run(opened, file):
     page = opened()
-    text = page.locator(".story .tokens").first.inner_text()
+    text = page.locator(".story .tokens").first.text_content()
     for hostile in HOSTILE[:5] + HOSTILE[6:9]:
         assert hostile in text
     assert "<b>model</b>" in page.locator("#about").inner_text()
@@ -281,12 +284,12 @@ def test_hostile_text_is_shown_and_not_run(opened, file):
 
 def test_queries_and_scores(opened, file):
     page = opened()
-    assert page.locator(".story h3").all_inner_texts() == ["+100", "+50", "+33.33", "−100", "−50", "−33.33"]
+    assert page.locator(".story h3").all_text_contents() == ["+100", "+50", "+33.33", "−100", "−50", "−33.33"]
     assert page.locator("#harmful").locator("xpath=..").locator(".story").count() == 3
     assert "planted fact: 3 of its 4 tellings are among" in page.locator("#note").inner_text()
-    assert page.locator(".kind").all_inner_texts() == ["literal"] and page.locator(".story .mark").count() == 2
+    assert page.locator(".kind").all_text_contents() == ["literal"] and page.locator(".story .mark").count() == 2
     page.select_option("#query", "1")
-    assert page.locator(".story .soft").first.inner_text() == "story 6"
+    assert page.locator(".story .soft").first.text_content() == "story 6"
     assert "planted" not in page.locator("#note").inner_text()
     assert page.locator("#asked").inner_text().split() == ["q0", "q1", "q2", "q3", "fine"]
     assert page.locator("#asked .mark").all_inner_texts() == ["fine"]
@@ -341,12 +344,12 @@ def test_a_query_token_colours_what_influenced_it(opened, file):
 def test_search(opened, file):
     page = opened()
     page.fill("#search", "ONLY4")
-    assert page.locator(".story:visible").count() == 1 and page.locator(".hit").all_inner_texts() == ["only4"]
+    assert page.locator(".story:visible").count() == 1 and page.locator(".hit").all_text_contents() == ["only4"]
     assert page.locator("#found").inner_text() == "1 of 6 stories"
     page.fill("#search", "fox  end")  # across tokens; any blank is a blank
     assert page.locator(".story:visible").count() == 6 and page.locator(".story").first.locator(".hit").count() >= 2
     page.fill("#search", "literal")
-    assert page.locator(".story:visible .rank").all_inner_texts() == ["+2"]
+    assert page.locator(".story:visible .rank").all_text_contents() == ["+2"]
     page.fill("#search", "(nothing")
     assert page.locator(".story:visible").count() == 0 and page.locator("#found").inner_text() == "0 of 6 stories"
     page.fill("#search", "only8")
@@ -369,7 +372,7 @@ def test_the_keyboard_reaches_everything(opened, file):
     assert stops[:7] == ["query", "q0", "view", "group", "search", "strength", HOSTILE[0]]
     page.locator("#query").focus()
     page.keyboard.press("ArrowDown")
-    assert page.locator(".story .soft").first.inner_text() == "story 6"
+    assert page.locator(".story .soft").first.text_content() == "story 6"
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     assert "“\u00a0q1”" in page.locator("#measure").inner_text()
