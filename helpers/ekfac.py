@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
+from .checkpoint import Checkpoint, accumulate, digest_of, job_of, replace, sums
 from .gradients import TokenGradients, by_length, check_targets, finite, has_fast_head, token_gradients
 from .layers import frozen, layer_shapes
+from .ranks import add_up, eigenvectors
 from .tasks import causal_lm
 
 KEEP_BYTES = 1 << 30  # of gradients kept for the second pass, and as much again of ∂L/∂h; the rest runs anew
@@ -69,9 +69,7 @@ class EKFACFactors:
                 "fingerprint": self.fingerprint, "layers": list(self.A)}
         path = Path(directory) / "factors.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"ekfac": json.dumps(meta)})
-        partial.replace(path)
+        replace(path, lambda partial: save_file(tensors, partial, {"ekfac": json.dumps(meta)}))
 
     @staticmethod
     def load(directory):
@@ -92,62 +90,81 @@ class EKFACFactors:
                             pooled=tuple(meta["pooled"]), fingerprint=meta["fingerprint"])
 
 
-def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, progress=True):
+def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, checkpoint=None, progress=True):
     """Fits EKFACFactors on `batches`, in two passes: second moments and eigenvectors, then eigenvalues.
 
     labels: "sampled" draws every target from the model's own predictions (true Fisher = Gauss-Newton for softmax),
-    keyed by `seed`; "true" takes the labels of the batch (empirical Fisher, another matrix). The model comes back as
-    it was. Raises ValueError for unknown layers or labels, empty batches, sequences without a target, gradients that
-    are not finite (which layer, which batch).
+    keyed by `seed`; "true" takes the labels of the batch (empirical Fisher, another matrix). checkpoint: a folder for
+    the running sums; the same call after a kill goes on from there and ends with the same numbers. Where
+    torch.distributed is at work, `batches` are this rank's share, and every rank gets the factors of all. The model
+    comes back as it was. Raises ValueError for unknown layers or labels, empty batches, sequences without a target,
+    gradients that are not finite (which layer, which batch), and a checkpoint that is damaged or of another job.
     """
     if labels not in ("sampled", "true"):
         raise ValueError(f"labels must be 'sampled' or 'true', got {labels!r}")
-    shapes = layer_shapes(model, layers)
-    check_targets(batches, task, "batches")
-    groups = by_length(batches)
+    shapes, data = layer_shapes(model, layers), None if checkpoint is None else hashlib.blake2b(digest_size=16)
+    examples, _ = check_targets(batches, task, "batches", data)
+    if checkpoint is not None:
+        values = {"layers": list(layers), "labels": labels, "seed": str(seed) if labels == "sampled" else None}
+        checkpoint = Checkpoint(Path(checkpoint), job_of(model, task, data, values))
     with frozen(model):
-        fast = has_fast_head(model, groups[0][1], layers, task)
+        fast = has_fast_head(model, by_length(batches[:1])[0][1], layers, task)
         gradients = partial(token_gradients, model, layers=layers, task=task, fast=fast,
                             seed=seed if labels == "sampled" else None)
-        A, S, counts, kept = _second_moments(groups, shapes, gradients, progress)
-        A, S = ({name: total[name] / counts[name] for name in layers} for total in (A, S))
-        Q_A, Q_S = ({name: torch.linalg.eigh(matrix[name])[1] for name in layers} for matrix in (A, S))
-        Lambda = _eigenvalues(groups, Q_A, Q_S, gradients, kept, progress)
-    n = sum(len(rows) for rows, _ in groups)
-    pooled = tuple(name for name in layers if counts[name] == n)
-    return EKFACFactors(A, S, Q_A, Q_S, {name: Lambda[name] / n for name in layers}, n, max(counts.values()),
-                        pooled if max(counts.values()) > n else (), fingerprint(model, layers))
+        fold = partial(accumulate, batches, examples, checkpoint=checkpoint, progress=progress)
+        total, kept = _second_moments(shapes, gradients, fold, model.get_submodule(layers[0]).weight.device)
+        n, counts = int(total["n"]), {name: int(total["count", name]) for name in layers}
+        A, S = ({name: total[side, name] / counts[name] for name in layers} for side in "AS")
+        Q_A, Q_S = eigenvectors(A), eigenvectors(S)
+        Lambda = _eigenvalues(Q_A, Q_S, gradients, kept, fold, checkpoint is not None)
+    tokens = max(counts.values())
+    pooled = tuple(name for name in layers if counts[name] == n) if tokens > n else ()
+    return EKFACFactors(A, S, Q_A, Q_S, {name: Lambda[name] / n for name in layers}, n, tokens, pooled,
+                        fingerprint(model, layers))
 
 
-def _second_moments(groups, shapes, gradients, progress):
-    """Sums of ā āᵀ and Ds Dsᵀ over real positions, their number by layer, and what fits of each group's gradients."""
-    A, S, counts, kept = dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0), []
-    whole = top = 0
-    for rows, batch in tqdm(groups, "second moments", disable=not progress):
+def _second_moments(shapes, gradients, fold, device):
+    """({what: sum}, {first row: gradients}): ā āᵀ and Ds Dsᵀ over real positions, their number; what fits of a group.
+
+    The sums, by ("A", layer), ("S", layer), ("count", layer) and "n" examples, are those of all ranks.
+    """
+    sizes = {(side, name): (size, size) for name, shape in shapes.items() for side, size in zip("SA", shape)}
+    flat, total = sums(sizes | {("count", name): () for name in shapes} | {"n": ()}, device)
+    kept, held = {}, [0, 0]
+
+    def add(rows, batch):
         got = gradients(batch)
         for name in shapes:
-            a, ds = got.inputs[name].flatten(0, 1), got.outputs[name].flatten(0, 1)
-            A[name] = A[name] + finite(a.T @ a, name, rows).double()
-            S[name] = S[name] + finite(ds.T @ ds, name, rows).double()
-            counts[name] += len(a) if got.real[name] is None else int(got.real[name].sum())
-        whole += sum(x.nbytes for part in (got.inputs, got.outputs) for x in part.values())
-        top += 0 if got.hidden is None else got.hidden.nbytes
-        kept.append(got if whole <= KEEP_BYTES else got.hidden if top <= KEEP_BYTES else None)
-    return A, S, counts, kept
+            a, ds, real = got.inputs[name].flatten(0, 1), got.outputs[name].flatten(0, 1), got.real[name]
+            total["A", name] += finite(a.T @ a, name, rows).to(flat)
+            total["S", name] += finite(ds.T @ ds, name, rows).to(flat)
+            total["count", name] += len(a) if real is None else int(real.sum())
+        total["n"] += len(rows)
+        held[0] += sum(x.nbytes for part in (got.inputs, got.outputs) for x in part.values())
+        held[1] += 0 if got.hidden is None else got.hidden.nbytes
+        kept[int(rows[0])] = got if held[0] <= KEEP_BYTES else got.hidden if held[1] <= KEEP_BYTES else None
+
+    fold(flat, add, name="second moments")
+    add_up(flat)
+    return total, kept
 
 
-def _eigenvalues(groups, Q_A, Q_S, gradients, kept, progress):
-    """Sums over examples of (Q_Sᵀ G Q_A)², G the gradient of the whole sequence."""
-    Lambda = {name: torch.zeros(len(Q_S[name]), len(Q_A[name]), dtype=torch.float64, device=Q_S[name].device)
-              for name in Q_A}
+def _eigenvalues(Q_A, Q_S, gradients, kept, fold, saved):
+    """{layer: sum over all examples of (Q_Sᵀ G Q_A)²}, G the gradient of the whole sequence."""
+    flat, Lambda = sums({name: (len(Q_S[name]), len(Q_A[name])) for name in Q_A}, next(iter(Q_A.values())).device)
     cast = {}
-    for number, (rows, batch) in enumerate(tqdm(groups, "eigenvalues", disable=not progress)):
-        got, kept[number] = kept[number], None
+
+    def add(rows, batch):
+        got = kept.pop(int(rows[0]), None)
         got = got if isinstance(got, TokenGradients) else gradients(batch, hidden=got)
         for name in Q_A:
             a, ds = got.inputs[name], got.outputs[name]
             q_a, q_s = cast.setdefault(name, (Q_A[name].to(a), Q_S[name].to(a)))
-            Lambda[name] += finite(rotated_gradients(a, ds, q_a, q_s).square_().sum(0), name, rows)
+            Lambda[name] += finite(rotated_gradients(a, ds, q_a, q_s).square_().sum(0), name, rows).to(flat)
+
+    key = digest_of(Q_A) + digest_of(Q_S) if saved else ""
+    fold(flat, add, name="eigenvalues", key=key)
+    add_up(flat)
     return Lambda
 
 

@@ -103,13 +103,21 @@ def has_fast_head(model, batch, layers, task):
     return all((slow[name] - fast[name]).norm() <= rtol * slow[name].norm() for name in layers)
 
 
-def check_targets(batches, task, argument):
-    """Raises ValueError for no batches, an empty one, or an example that takes no loss (which batch, which row)."""
+def check_targets(batches, task, argument, digest=None):
+    """(examples, widest `input_ids`); `digest`, a hashlib object if given, is updated with everything in the batches.
+
+    Raises ValueError for no batches, an empty one, or an example that takes no loss (which batch, which row).
+    """
     if not len(batches):
         raise ValueError(f"{argument}: got no batches; tokenize(texts, tokenizer) makes them")
+    examples = width = 0
     for number, batch in enumerate(batches):
         if not len(next(iter(batch.values()))):
             raise ValueError(f"{argument}: batch {number} has no examples; leave it out")
+        examples += len(next(iter(batch.values())))
+        width = max(width, batch["input_ids"].shape[-1] if "input_ids" in batch else 0)
+        if digest is not None:
+            digest_tensors(batch, digest)
         if task is not causal_lm:
             continue
         taken = targets_per_example(batch["labels"][:, 1:])
@@ -117,6 +125,14 @@ def check_targets(batches, task, argument):
             row = int(taken.eq(0).nonzero()[0])
             raise ValueError(f"{argument}: batch {number}, row {row} has no target (every label after the first is "
                              "-100): give at least two tokens, the last of them labelled")
+    return examples, width
+
+
+def digest_tensors(tensors, digest):
+    """Updates a hashlib object with the names, shapes, dtypes and bytes of {name: tensor}."""
+    for name, value in tensors.items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def finite(value, name, rows):

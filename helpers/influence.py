@@ -1,21 +1,27 @@
 """Influence scores: I(query, train) = Σ over layers of ⟨P(∇L_query), ∇L_train⟩. Positive = proponent."""
 
+import hashlib
+from functools import partial
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from .checkpoint import digest_of, job_of
 from .ekfac import fingerprint, rotated_gradients
 from .gradients import by_length, check_targets, finite, has_fast_head, token_gradients
 from .layers import frozen, layer_shapes
 from .output_tokens import output_token_scores
+from .streaming import stream_scores
 from .tasks import causal_lm
 from .token_pairs import token_pair_scores
 
 PER = ("sequence", "token", "output_token", "token_pair", "layer", ("layer", "token"))
 
 
-def influence(model, factors, queries, train, task=causal_lm, damping=None, rank=None, per="sequence", progress=True):
+def influence(model, factors, queries, train, task=causal_lm, damping=None, rank=None, per="sequence", progress=True,
+              out=None):
     """Scores of every training example for every query, of summed losses (Grosse et al. 2023, section 2.1).
 
     Up-weighting example m by ε changes the query's loss by −ε I to first order; removal is ε = −1/N. On a *loss*, the
@@ -26,9 +32,12 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
     contributes, so the first is 0; "token_pair" [query, train, q_seq, seq], "token" on both sides; "layer" and
     ("layer", "token"): with a first axis for the layers of `factors`, in order. seq is the widest `input_ids`. Sums
     over tokens and layers give the sequence score.
-    damping: see EKFACFactors.ihvp. rank: P(∇L_q) of each layer cut to this rank by SVD, not with "token_pair". Raises
-    ValueError for factors of another model, for "output_token" where the task's targets have no token axis, and as
-    fit_ekfac does for bad batches.
+    damping: see EKFACFactors.ihvp. rank: P(∇L_q) of each layer cut to this rank by SVD, not with "token_pair". out: a
+    .npy file that the scores are written to, block by block; what comes back is mapped onto it, and the same call after
+    a kill goes on from there. `train` may then be any sequence of batches that makes them when asked, such as
+    helpers.jobs.StoryBatches, and, where torch.distributed is at work, is this rank's share. Raises ValueError for
+    factors of another model, for "output_token" where the task's targets have no token axis, as fit_ekfac does for bad
+    batches, and for a file `out` that is damaged or of another job.
     """
     if per not in PER:
         raise ValueError(f"per must be one of {PER}, got {per!r}")
@@ -36,19 +45,31 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
         raise ValueError(f"rank must be None or at least 1, got {rank}" if rank < 1 else
                          f"rank must be None with per='token_pair', got {rank}: its pairs are of full rank")
     check_factors(model, factors)
-    check_targets(queries, task, "queries")
-    check_targets(train, task, "train")
+    data = [None if out is None else hashlib.blake2b(digest_size=16) for _ in range(2)]
+    check_targets(queries, task, "queries", data[0])
+    examples, width = check_targets(train, task, "train", data[1])
     with frozen(model):
-        if per == "token_pair":
-            return token_pair_scores(model, factors, queries, train, task, damping, progress)
-        gradients = sequence_gradients(model, queries, list(factors.A), task)
-        directions = factors.ihvp(gradients, damping)
-        if rank is not None:
-            directions = {name: truncate(value, rank) for name, value in directions.items()}
-        if per == "output_token":
-            return output_token_scores(model, train, directions, task, progress)
-        score = _token_scores if per in ("token", ("layer", "token")) else sequence_scores
-        return collect(model, train, directions, task, score, "layer" in per, progress)
+        scored = _scorer(model, factors, queries, task, damping, rank, per)
+        if out is None:
+            return scored(train, progress=progress)
+        values = {"queries": data[0].hexdigest(), "damping": None if damping is None else float(damping),
+                  "rank": rank, "per": per}
+        values |= {name: digest_of(getattr(factors, name)) for name in ("Lambda", "Q_A", "Q_S")}
+        return stream_scores(partial(scored, progress=False), train, examples, width, 1 + ("layer" in per), out,
+                             job_of(model, task, data[1], values), progress)
+
+
+def _scorer(model, factors, queries, task, damping, rank, per):
+    """scored(train, progress=...) -> Tensor, with P(∇L_q) of all queries at hand."""
+    if per == "token_pair":
+        return lambda train, progress: token_pair_scores(model, factors, queries, train, task, damping, progress)
+    directions = factors.ihvp(sequence_gradients(model, queries, list(factors.A), task), damping)
+    if rank is not None:
+        directions = {name: truncate(value, rank) for name, value in directions.items()}
+    if per == "output_token":
+        return lambda train, progress: output_token_scores(model, train, directions, task, progress)
+    score = _token_scores if per in ("token", ("layer", "token")) else sequence_scores
+    return lambda train, progress: collect(model, train, directions, task, score, "layer" in per, progress)
 
 
 def check_factors(model, factors):

@@ -1,0 +1,143 @@
+"""Running sums on disk that survive a kill at any moment: written aside, synced, renamed, and refused if foreign.
+
+What a file belongs to is its `job`, a dict of JSON values (weights, data, layers, seed, ...) that is stored with it.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from .gradients import by_length, digest_tensors
+from .ranks import rank, size
+
+BLOCK = 32  # batches that are regrouped by length together, and after which a job can be taken up again
+SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+log = logging.getLogger("helpers")
+
+
+def replace(path, write):
+    """write(temporary path), then sync it and rename it to `path`: there is either the old file or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    write(temporary)
+    sync(temporary)
+    temporary.replace(path)
+    if os.name == "posix":
+        sync(path.parent)
+
+
+def sync(path):
+    """Waits until the file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest_of(tensors):
+    """A hexadecimal digest of {name: tensor}."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest_tensors(tensors, digest)
+    return digest.hexdigest()
+
+
+def job_of(model, task, data, values):
+    """The job: its model (all weights, for all of them shape the gradients), task, data (a hashlib object) and more."""
+    named = task if hasattr(task, "__qualname__") else type(task)
+    return {"model": type(model).__name__, "weights": digest_of(model.state_dict()),
+            "task": f"{named.__module__}.{named.__qualname__}", "data": data.hexdigest(),
+            "ranks": size(), "block": BLOCK} | values
+
+
+def check_job(path, there, here, argument):
+    """Raises ValueError that names what differs between the job stored in a file and this one."""
+    here = json.loads(json.dumps(here))
+    if not isinstance(there, dict):
+        raise ValueError(f"{argument}: {str(path)!r} was not written by this package; name another place")
+    short = lambda value: text if len(text := repr(value)) <= 60 else text[:57] + "..."
+    differs = [f"{key} is {short(there.get(key))} there and {short(here.get(key))} here"
+               for key in {**here, **there} if there.get(key) != here.get(key)]
+    if differs:
+        raise ValueError(f"{argument}: {str(path)!r} belongs to another job: {'; '.join(differs)}. Name another place, "
+                         "or delete it")
+
+
+def sums(shapes, device):
+    """(flat, {key: view of it}) of float64 zeros: one tensor to save and to add up, many to work with."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    return flat, {key: part.view(shape) for (key, shape), part in zip(shapes.items(), flat.split(sizes))}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with the running sums of one rank of one job."""
+
+    folder: Path
+    job: dict
+
+    def path(self, name):
+        """The file of the sums called `name`."""
+        return Path(self.folder) / f"{name.replace(' ', '_')}.{rank()}.safetensors"
+
+    def save(self, name, flat, done, examples, key):
+        """Writes `flat`, the sums after `done` blocks of `examples` examples; `key`: what else they depend on."""
+        state = {"job": self.job, "done": done, "examples": examples, "key": key, "digest": digest_of({"sums": flat})}
+        replace(self.path(name), lambda path: save_file({"sums": flat}, path, {"state": json.dumps(state)}))
+
+    def load(self, name, flat, key):
+        """(done, examples), with `flat` filled; (0, 0) where there is nothing, or sums of another key.
+
+        Raises ValueError for a file of another job and for one that is damaged.
+        """
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return 0, 0
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads((file.metadata() or {}).get("state", "null"))
+                saved = file.get_tensor("sums") if state else None
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"checkpoint: {str(path)!r} is damaged ({error}); delete it") from error
+        check_job(path, state and state["job"], self.job, "checkpoint")
+        if saved.shape != flat.shape or digest_of({"sums": saved}) != state["digest"]:
+            raise ValueError(f"checkpoint: {str(path)!r} is damaged (not the sums that were saved); delete it")
+        if state["key"] != key:
+            log.warning("%s: sums in other eigenvectors than now computed; this pass begins again", path)
+            return 0, 0
+        flat.copy_(saved)
+        log.info("%s: going on after %s examples", path, f"{state['examples']:,}")
+        return state["done"], state["examples"]
+
+
+def accumulate(batches, examples, flat, add, checkpoint, name, progress, key=""):
+    """add(rows, batch) for all groups of equal length, block by block, each block's sums in the same order every time.
+
+    With a Checkpoint, `flat` begins where its file ends, and is saved as often as SHARE allows and at the end.
+    """
+    done, start = (0, 0) if checkpoint is None else checkpoint.load(name, flat, key)
+    last, saved, cost = -(-len(batches) // BLOCK), time.monotonic(), 0.0
+    with tqdm(desc=name, total=examples, initial=start, unit=" examples", disable=not progress) as bar:
+        for number in range(done, last):
+            groups = by_length(batches[number * BLOCK:(number + 1) * BLOCK])
+            for rows, batch in groups:
+                add(rows + start, batch)
+                bar.update(len(rows))
+            start += sum(len(rows) for rows, _ in groups)
+            now = time.monotonic()
+            if checkpoint is not None and (number + 1 == last or cost <= SHARE * (now - saved)):
+                checkpoint.save(name, flat, number + 1, start, key)
+                saved = time.monotonic()
+                cost = saved - now
+                log.info("%s: %s of %s examples, saved", name, f"{start:,}", f"{examples:,}")

@@ -1,0 +1,181 @@
+"""Long jobs, the same from Python and from the command line (`python -m helpers`): stories that are read as needed."""
+
+import contextlib
+import io
+import logging
+import os
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from . import ranks, sources
+from .batches import completions, tokenize
+from .checkpoint import BLOCK
+from .ekfac import MATRICES, EKFACFactors, fit_ekfac
+from .influence import influence
+from .layers import linear_layers
+from .queries import MAX_LENGTH, asked
+
+TOLD = (2, 8, 16)  # planted facts that are asked about where no query is given
+log = logging.getLogger("helpers")
+
+
+@dataclass(frozen=True)
+class StoryBatches:
+    """A sequence of batches as `tokenize` makes them of a Dataset's texts, made when asked for and then forgotten."""
+
+    stories: datasets.Dataset
+    tokenizer: object
+    max_length: int = MAX_LENGTH
+    batch_size: int = 16
+    device: str = "cpu"
+
+    def __len__(self):
+        return -(-len(self.stories) // self.batch_size)
+
+    def __getitem__(self, at):
+        first, last, _ = at.indices(len(self)) if isinstance(at, slice) else (range(len(self))[at], None, 1)
+        found, _ = self._read(first, first + 1 if last is None else last)
+        return found if isinstance(at, slice) else found[0]
+
+    def __iter__(self):
+        """All batches, one after the other; what `tokenize` says of texts that it cuts goes to the log."""
+        for first in range(0, len(self), BLOCK):
+            found, said = self._read(first, first + BLOCK)
+            if said:
+                log.info("stories from %d on: %s", first * self.batch_size, said)
+            yield from found
+
+    def _read(self, first, last):
+        texts = self.stories[first * self.batch_size:last * self.batch_size]["text"]
+        if not texts:
+            return [], ""
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                found = tokenize(texts, self.tokenizer, self.max_length, self.batch_size)
+            except ValueError as error:
+                raise ValueError(f"stories from {first * self.batch_size} on: {error}") from error
+        found = [{name: value.to(self.device) for name, value in batch.items()} for batch in found]
+        return found, said.getvalue().strip()
+
+
+def stories_on_disk(source, path, limit=None):
+    """The texts of `load_stories(source, limit=limit)`, through an Arrow file at `path` and mapped from it.
+
+    A story at a time, so that memory does not grow with their number; the file's name is gone when this returns. Raises
+    what load_stories raises.
+    """
+    path, texts = Path(path), _texts(source, limit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([("text", pa.large_string())])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while some := list(islice(texts, 1000)):
+            writer.write_batch(pa.record_batch([pa.array(some, pa.large_string())], schema=schema))
+    stories = datasets.Dataset.from_file(str(path))
+    if os.name == "posix":
+        path.unlink()  # what is mapped stays readable, and no kill leaves it behind
+    if not len(stories):
+        raise ValueError(f"stories={str(source)!r} holds no story with a text")
+    return stories
+
+
+def _texts(source, limit):
+    """The texts of a source that are not blank, one by one."""
+    place = sources.BUNDLED if source == "bundled" else sources._locate(source, sources.HUB_STORIES)
+    if not isinstance(place, Path):
+        yield from sources.load_stories(source, limit=limit)["text"]
+        return
+    rows = _rows(sources._files(place, "stories_train" if source == "bundled" else "train"))
+    for index, row in enumerate(islice(rows, limit)):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"row {index} of {place} has no string in a column 'text': {str(row)[:200]}")
+        if row["text"].strip():
+            yield row["text"]
+
+
+def _rows(files):
+    for file in files:
+        with sources._explained("rows", file):
+            yield from sources._rows(file)
+
+
+def fit(model="bundled", stories=None, out="out/job", layers="mlp", labels="sampled", seed=0, limit=None,
+        max_length=MAX_LENGTH, batch_size=16, device=None, progress=True):  # fmt: skip
+    """fit_ekfac on a source's stories, with its checkpoint in `out`/checkpoint and the factors saved in `out`.
+
+    model, stories: sources as in load_lm and load_stories, the stories the model's own if None; layers: a pattern.
+    Returns the factors. The same call after a kill goes on. Raises ValueError or OSError, as what it calls does.
+    """
+    stories, lm = _own(model, stories), sources.load_lm(model)
+    names, checkpoint = linear_layers(lm.model, layers), Path(out) / "checkpoint"
+    _, batches = _batches(lm, stories, checkpoint, limit, max_length, batch_size, device)
+    factors = fit_ekfac(lm.model, batches, names, labels=labels, seed=seed, checkpoint=checkpoint, progress=progress)
+    ranks.from_first(lambda: factors.save(out))
+    log.info("%s: factors of %s stories, %s tokens", out, f"{factors.n_examples:,}", f"{factors.n_tokens:,}")
+    return factors
+
+
+def score(model="bundled", stories=None, factors="out/job", out="out/job/scores.npy", query=None, per="sequence",
+          damping=None, rank=None, limit=None, max_length=MAX_LENGTH, batch_size=16, device=None, top=0,
+          progress=True):  # fmt: skip
+    """influence of a source's stories on queries, with the scores in the file `out`.
+
+    factors: the folder that `fit` wrote; query: a list of (prompt, completion) or (prompt,), whose continuation the
+    model chooses; None with the bundled model and stories: planted facts. top: print so many of the most helpful
+    stories. Returns the scores, mapped from the file (None off rank 0). The same call after a kill goes on.
+    """
+    stories, lm, found = _own(model, stories), sources.load_lm(model), EKFACFactors.load(factors)
+    if top and per != "sequence":
+        raise ValueError(f"top={top} ranks stories by their scores: it needs per='sequence', got {per!r}")
+    queries = asked(lm, query, [], TOLD if model == stories == "bundled" else (), len(TOLD))
+    if not queries:
+        raise ValueError("query: none given; give one or more, each a prompt and a completion, or a prompt")
+    pairs = [(q.prompt, q.completion) for q in queries]
+    everything, batches = _batches(lm, stories, Path(out).parent, limit, max_length, batch_size, device)
+    given = _moved(completions(pairs, lm.tokenizer, max_length=max_length), batches.device)
+    matrices = _moved([{name: getattr(found, name) for name in MATRICES}], batches.device)
+    scores = influence(lm.model, replace(found, **matrices[0]), given, batches, damping=damping, rank=rank, per=per,
+                       out=out, progress=progress)  # fmt: skip
+    if scores is not None and top:
+        report(pairs, scores, everything, top)
+    return scores
+
+
+def report(pairs, scores, stories, k):
+    """Prints the k most helpful stories of every query: their number, score and beginning."""
+    for (prompt, completion), row in zip(pairs, scores):
+        print(f"\n{prompt}[{completion}]")
+        best = row.topk(min(k, len(row)))
+        for value, number in zip(best.values.tolist(), best.indices.tolist()):
+            print(f"{value:+12.4g}  story {number:<7d} {' '.join(stories[number]['text'][:80].split())}")
+
+
+def _own(model, stories):
+    """The source of the stories: the model's own where none is named."""
+    if stories is None and model not in ("bundled", "hub"):
+        raise ValueError(f"stories: {str(model)!r} names a model; name its stories as well: a folder, a file or hub")
+    return stories or model
+
+
+def _batches(lm, source, folder, limit, max_length, batch_size, device):
+    """(all stories, StoryBatches of this rank's share), and the model on its device."""
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    stories = stories_on_disk(source, folder / f"stories.{ranks.rank()}.arrow", limit)
+    if len(stories) < ranks.size():
+        raise ValueError(f"{len(stories)} stories for {ranks.size()} ranks: start at most one rank a story")
+    share = split_dataset_by_node(stories, ranks.rank(), ranks.size())
+    lm.model.to(device)
+    log.info("%s on %s: %s of %s stories", lm.name, device, f"{len(share):,}", f"{len(stories):,}")
+    return stories, StoryBatches(share, lm.tokenizer, max_length, batch_size, device)
+
+
+def _moved(parts, device):
+    """The dicts of tensors, or of dicts of them, on `device`."""
+    return [{name: value.to(device) if torch.is_tensor(value) else _moved([value], device)[0]
+             for name, value in part.items()} for part in parts]

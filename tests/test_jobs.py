@@ -1,0 +1,258 @@
+"""Jobs that are killed at any moment go on with the same numbers; what is damaged or foreign is refused."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from helpers import (
+    __main__,
+    checkpoint,
+    ekfac,
+    fit_ekfac,
+    influence,
+    jobs,
+    linear_layers,
+    load_lm,
+    load_stories,
+    streaming,
+    tokenize,
+)
+from helpers.ekfac import MATRICES
+from helpers.tasks import causal_lm
+
+VICTIM = Path(__file__).with_name("victim.py")
+SMALL = ["--limit", "150", "--batch-size", "1", "--max-length", "48", "--layers", r"h\.3\.mlp"]  # five blocks
+STORIES = tiny.stories(14)
+BATCHES = tiny.batches(STORIES, 2)
+
+
+class Stop(Exception):
+    pass
+
+
+class Dying:
+    """causal_lm that stops at its n-th call, as a kill would."""
+
+    def __init__(self, n=0):
+        self.left = n
+
+    def __call__(self, model, batch):
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+        return causal_lm(model, batch)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch, request):
+    if "kill_9" not in request.node.name:
+        monkeypatch.setattr(checkpoint, "BLOCK", 2)
+        monkeypatch.setattr(checkpoint, "SHARE", float("inf"))  # every block is saved
+        monkeypatch.setattr(ekfac, "KEEP_BYTES", 0)  # and the second pass calls the model again
+        monkeypatch.setattr(streaming, "BLOCK", 2)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, m)[l], getattr(other, m)[l]) for m in MATRICES for l in one.A)
+
+
+def fit(model, folder, task=causal_lm, batches=BATCHES, **changes):
+    arguments = {"layers": linear_layers(model, "mlp"), "task": task, "progress": False} | changes
+    return fit_ekfac(model, batches, checkpoint=folder, **arguments)
+
+
+def score(model, factors, out, task=causal_lm, train=BATCHES, **changes):
+    return influence(model, factors, BATCHES[:1], train, task=task, out=out, progress=False, **changes)
+
+
+@pytest.mark.parametrize("kind", tiny.MODELS)
+def test_a_fit_that_is_stopped_anywhere_ends_with_the_same_numbers(kind, tmp_path):
+    model = tiny.MODELS[kind]()
+    whole = fit(model, None, Dying())
+    for n in (3, 4, 5, 3):  # calls until the stop: in the first pass twice, in the second, and there again
+        with pytest.raises(Stop):
+            fit(model, tmp_path, Dying(n))
+    factors = fit(model, tmp_path, Dying())
+    assert same(factors, whole) and (factors.n_examples, factors.n_tokens) == (whole.n_examples, whole.n_tokens)
+    last = Dying()
+    assert same(fit(model, tmp_path, last), whole) and last.left == 0  # complete: nothing runs again
+
+
+@pytest.mark.parametrize("per", ["sequence", "token", "output_token", "token_pair", "layer", ("layer", "token")])
+def test_scores_on_disk_are_those_in_memory_also_after_stops(per, tmp_path):
+    model, out = tiny.llama(), tmp_path / "new" / "scores.npy"
+    factors = fit(model, None)
+    expected = influence(model, factors, BATCHES[:1], BATCHES, per=per, progress=False)
+    for n in (5, 5):
+        with pytest.raises(Stop):
+            score(model, factors, out, Dying(n), per=per)
+        assert not out.exists()
+    scores = score(model, factors, out, Dying(), per=per)
+    # eager attention, which output_token needs, takes its softmax in float32
+    atol = (1e-7 if per == "output_token" else 1e-12) * float(expected.abs().max())
+    assert scores.shape == expected.shape and torch.allclose(scores, expected, rtol=1e-10, atol=atol)
+    other = score(model, factors, tmp_path / "whole.npy", Dying(), per=per)
+    assert torch.equal(scores, other) and np.array_equal(np.load(out), other.numpy())
+    assert sorted(path.name for path in out.parent.iterdir()) == ["scores.json", "scores.npy"]
+
+
+def test_a_checkpoint_of_another_job_is_refused_by_what_differs(tmp_path):
+    model, batches = tiny.gpt2(), [dict(batch) for batch in BATCHES]
+    fit(model, tmp_path)
+    for changes, named in (({"seed": 1}, "seed is '0' there and '1' here"), ({"labels": "true"}, "labels is 'sampled'"),
+                           ({"layers": linear_layers(model, "attn")}, "layers is"), ({"task": Dying()}, "task is"),
+                           ({"batches": batches[::-1]}, "data is"), ({"batches": batches[:-1]}, "data is")):
+        with pytest.raises(ValueError, match=f"(?s)another job: [^;]*{named}.*Name another place, or delete it"):
+            fit(model, tmp_path, **changes)
+    with torch.no_grad():
+        model.transformer.ln_f.bias += 1e-9  # not a studied layer, but every gradient depends on it
+    with pytest.raises(ValueError, match="another job: weights is"):
+        fit(model, tmp_path)
+
+
+def test_scores_of_another_job_are_refused_by_what_differs(tmp_path):
+    model, out = tiny.gpt2(), tmp_path / "scores.npy"
+    factors = fit(model, None)
+    score(model, factors, out)
+    before = out.read_bytes()
+    for changes, named in (({"damping": 0.5}, "damping is None there and 0.5 here"), ({"rank": 2}, "rank is None"),
+                           ({"per": "layer"}, "per is 'sequence'"), ({"train": BATCHES[::-1]}, "data is"),
+                           ({"factors": fit(model, None, seed=3)}, "Lambda is")):
+        with pytest.raises(ValueError, match=f"another job: [^;]*{named}"):
+            score(model, **({"factors": factors, "out": out} | changes))
+    with pytest.raises(ValueError, match="queries is"):
+        influence(model, factors, BATCHES[1:2], BATCHES, out=out, progress=False)
+    assert out.read_bytes() == before
+    out.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="no .json beside it"):
+        score(model, factors, out)
+    with pytest.raises(ValueError, match="ends in .npy"):
+        score(model, factors, tmp_path / "scores.pt")
+
+
+@pytest.mark.parametrize("damage", ["half", "header", "empty", "flipped", "pickle", "foreign"])
+def test_a_damaged_checkpoint_is_never_half_loaded(damage, tmp_path):
+    model = tiny.gpt2()
+    fit(model, tmp_path)
+    path = tmp_path / "second_moments.0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes({"half": data[:len(data) // 2], "header": data[:20], "empty": b"", "flipped": data,
+                      "pickle": pickle.dumps({"sums": 1}), "foreign": foreign()}[damage])
+    with pytest.raises(ValueError, match="is damaged.*delete it|not written by this package"):
+        fit(model, tmp_path)
+    path.unlink()
+    assert same(fit(model, tmp_path), fit(model, None))
+
+
+def foreign():
+    from safetensors.torch import save
+
+    return save({"sums": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("damage", ["half", "gone", "dtype", "note", "list", "pickle"])
+def test_damaged_scores_are_never_half_loaded(damage, tmp_path):
+    model, out = tiny.gpt2(), tmp_path / "scores.npy"
+    factors = fit(model, None)
+    with pytest.raises(Stop):
+        score(model, factors, out, Dying(5))
+    partial, note = tmp_path / "scores.npy.partial", out.with_suffix(".json")
+    assert json.loads(note.read_text())["blocks"] > 0
+    {"half": lambda: partial.write_bytes(partial.read_bytes()[:-40]), "gone": partial.unlink,
+     "dtype": lambda: partial.write_bytes(partial.read_bytes().replace(b"<f8", b"<i8")),
+     "note": lambda: note.write_text(note.read_text()[:50]), "list": lambda: note.write_text("[1, 2]"),
+     "pickle": lambda: partial.write_bytes(pickle.dumps([1]))}[damage]()
+    with pytest.raises(ValueError, match="out: .*(damaged|holds int64).*(begin again|delete it)"):
+        score(model, factors, out, Dying())
+
+
+def test_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    model = tiny.gpt2()
+    with pytest.raises(Stop):
+        fit(model, tmp_path, Dying(9))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            fit(model, tmp_path, Dying())
+    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
+    assert same(fit(model, tmp_path, Dying()), fit(model, None, Dying()))
+
+
+def test_eigenvectors_that_differ_restart_the_second_pass(tmp_path, monkeypatch, caplog):
+    model, whole = tiny.gpt2(), fit(tiny.gpt2(), None)
+    with pytest.raises(Stop):
+        fit(model, tmp_path, Dying(11))
+    assert (tmp_path / "eigenvalues.0.safetensors").exists()
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+    factors = fit(model, tmp_path, Dying())
+    assert "this pass begins again" in caplog.text
+    assert all(torch.allclose(factors.Lambda[l], whole.Lambda[l], rtol=1e-10) for l in whole.A)
+
+
+def test_batches_made_on_demand_are_those_of_tokenize(tmp_path):
+    lm, texts = load_lm(), load_stories(limit=75)["text"]
+    stories = jobs.stories_on_disk("bundled", tmp_path / "stories.arrow", 75)
+    assert stories["text"] == texts and not list(tmp_path.iterdir())
+    lazy, whole = jobs.StoryBatches(stories, lm.tokenizer, 64, 8), tokenize(texts, lm.tokenizer, 64, 8)
+    assert len(lazy) == len(whole) == 10
+    for some, other in ((list(lazy), whole), (lazy[3:5], whole[3:5]), ([lazy[-1]], whole[-1:]), (lazy[12:14], [])):
+        assert len(some) == len(other)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(some, other) for name in b)
+
+
+@pytest.mark.parametrize("rows,error", [('{"text": "a b c"}\n{"story": 1}\n', "row 1 of .* has no string"),
+                                        ('{"text": " "}\n', "holds no story"), ('{"text": \n', "could not be loaded")])
+def test_bad_stories_are_named(rows, error, tmp_path):
+    (tmp_path / "train.jsonl").write_text(rows)
+    with pytest.raises((ValueError, OSError), match=error):
+        jobs.stories_on_disk(str(tmp_path), tmp_path / "stories.arrow")
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["fit", "--model", "nowhere"], "stories: 'nowhere' names a model"),
+    (["fit", "--layers", "mpl", "--limit", "2"], "layers matched nothing for pattern 'mpl'"),
+    (["score", "--factors", "nowhere"], "has no factors.safetensors"),
+])
+def test_errors_on_the_command_line_are_one_line(argv, message, tmp_path, capsys):
+    assert __main__.main([*argv, "--out", str(tmp_path / "x.npy")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert message in said and said.startswith(f"{argv[0]}: ") and "\n" not in said
+
+
+def test_help_shows_every_command(capsys):
+    for argv in (["--help"], ["fit", "--help"], ["score", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            __main__.main(argv)
+        assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("torchrun", "explore", "checkpoint", "--query"))
+
+
+def test_kill_9_twice_in_the_middle_of_writing(tmp_path):
+    """fit and score as commands, each killed twice while a file is half written, against runs that were not."""
+    job, alone = tmp_path / "job", tmp_path / "alone"
+    run = lambda kind, n, *argv: subprocess.run([sys.executable, VICTIM, kind, str(n), *argv], capture_output=True,
+                                                text=True, timeout=300)
+    for n, code in ((3, -9), (6, -9), (0, 0)):
+        done = run("checkpoint", n, "fit", *SMALL, "--out", str(job))
+        assert done.returncode == code, done.stderr
+    assert "going on after" in done.stderr
+    assert __main__.main(["fit", *SMALL, "--out", str(alone), "--quiet"]) == 0
+    assert (job / "factors.safetensors").read_bytes() == (alone / "factors.safetensors").read_bytes()
+    some = [*SMALL[:-2], "--factors", str(job), "--query", "Tom was", " happy."]
+    for n, code in ((2, -9), (2, -9), (0, 0)):
+        done = run("scores", n, "score", *some, "--out", str(job / "s.npy"))
+        assert done.returncode == code, done.stderr
+    assert __main__.main(["score", *some, "--out", str(alone / "s.npy"), "--quiet"]) == 0
+    assert (job / "s.npy").read_bytes() == (alone / "s.npy").read_bytes()
+    assert sorted(path.name for path in job.iterdir()) == ["checkpoint", "factors.safetensors", "s.json", "s.npy"]
