@@ -1,6 +1,7 @@
 # make run        influence on TinyStories from end to end: environment, install, `python -m helpers.run`
 # make test       lint, unit tests, and every notebook in fast mode
 # make notebooks  execute every notebook in full, in place (NB="notebooks/06*.ipynb" for some of them)
+# make soak       fit and score, killed 20 times at random points, against uninterrupted runs
 # make stale      list the notebooks whose source or helpers changed since they ran
 #
 # TINYSTORIES and STORIES choose the model and the stories of `make run`: bundled (the default), hub, or a folder.
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); t=$$((n / $(JOBS))); echo $$((t > 0 ? t : 1)))
 TESTENV := FAST=1 OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false JUPYTER_PREFER_ENV_PATH=1
 
-.PHONY: run test lint notebooks stale install clean
+.PHONY: run test lint notebooks soak stale install clean
 .DEFAULT_GOAL := run
 
 run: install
@@ -34,6 +35,9 @@ lint: install
 
 notebooks: install
 	$(BIN)/python tests/notebook_tools.py run $(NB)
+
+soak: install
+	$(TESTENV) $(BIN)/python tests/soak.py
 
 stale: install
 	@$(BIN)/python tests/notebook_tools.py stale

@@ -19,7 +19,8 @@ EXAMPLES = """examples:
   python -m helpers fit --model MODEL --stories STORIES --layers "mlp|attn" --out out/mine
   python -m helpers score --model MODEL --stories STORIES --factors out/mine --out out/mine/scores.npy \\
       --query "One day, Lily" " went to the park."
-  torchrun --nproc-per-node 2 -m helpers fit --out out/job  the same in two processes, each with half of the stories
+  torchrun --standalone --nproc-per-node 2 -m helpers fit --out out/job
+                                                            the same in two processes, each with half of the stories
   python -m helpers explore --help                          an HTML page of the most influential stories
 
 A job that is stopped, by whatever means, goes on when the same command is given again, and ends with the same numbers.

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -44,24 +45,28 @@ class StoryBatches:
         return found if isinstance(at, slice) else found[0]
 
     def __iter__(self):
-        """All batches, one after the other; what `tokenize` says of texts that it cuts goes to the log."""
+        """All batches, one after the other; how many stories were cut goes to the log at the end."""
+        cuts = 0
         for first in range(0, len(self), BLOCK):
-            found, said = self._read(first, first + BLOCK)
-            if said:
-                log.info("stories from %d on: %s", first * self.batch_size, said)
+            found, cut = self._read(first, first + BLOCK)
+            cuts += cut
             yield from found
+        if cuts:
+            log.info("%s of %s stories are cut to %d tokens", f"{cuts:,}", f"{len(self.stories):,}", self.max_length)
 
     def _read(self, first, last):
+        """(batches first .. last - 1, how many of their texts `tokenize` says that it cut)."""
         texts = self.stories[first * self.batch_size:last * self.batch_size]["text"]
         if not texts:
-            return [], ""
+            return [], 0
         with contextlib.redirect_stdout(io.StringIO()) as said:
             try:
                 found = tokenize(texts, self.tokenizer, self.max_length, self.batch_size)
             except ValueError as error:
                 raise ValueError(f"stories from {first * self.batch_size} on: {error}") from error
-        found = [{name: value.to(self.device) for name, value in batch.items()} for batch in found]
-        return found, said.getvalue().strip()
+        cut = re.search(r"cut ([\d,]+) of", said.getvalue())
+        return ([{name: value.to(self.device) for name, value in batch.items()} for batch in found],
+                int(cut[1].replace(",", "")) if cut else 0)
 
 
 def stories_on_disk(source, path, limit=None):

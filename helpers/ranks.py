@@ -1,6 +1,6 @@
 """The few things that processes tell one another where a job runs under torchrun (torch.distributed).
 
-    torchrun --nproc-per-node 2 -m helpers fit --out out/job                      # one machine
+    torchrun --standalone --nproc-per-node 2 -m helpers fit --out out/job         # one machine
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m helpers fit ...
 
 Every rank holds the whole model and one contiguous share of the stories (`split_dataset_by_node`). A fit speaks three
