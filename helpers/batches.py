@@ -5,6 +5,8 @@ pad token that is also the end-of-text token (or a tokenizer with no pad token a
 tokenizer comes back as it was. Labels are the inputs themselves, unshifted, and -100 where no loss is taken.
 """
 
+import re
+
 import torch
 
 from .tasks import IGNORED
@@ -27,7 +29,7 @@ def tokenize(texts, tokenizer, max_length=256, batch_size=16):
     for index, ids in enumerate(rows):
         if len(ids) < 2:
             raise ValueError(
-                f"texts[{index}] = {texts[index]!r} gives {len(ids)} token(s), so no token has another one to be "
+                f"texts[{index}] = {_short(texts[index])} gives {len(ids)} token(s), so no token has another one to be "
                 "predicted from; leave it out, or use a tokenizer that adds a start token"
             )
     _say_cuts(encoded["input_ids"], rows, limit)
@@ -51,7 +53,7 @@ def completions(pairs, tokenizer, max_length=256, batch_size=16):
     encoded = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
     rows, labels = encoded["input_ids"], []
     for index, (prompt, completion) in enumerate(pairs):
-        ids, text, where = rows[index], prompt + completion, f"pairs[{index}] = {(prompt, completion)!r}"
+        ids, text, where = rows[index], prompt + completion, f"pairs[{index}] = {_short((prompt, completion))}"
         if len(ids) > limit:
             raise ValueError(f"{where} has {len(ids)} tokens, more than {limit}; raise max_length or shorten it")
         first, last = _span(tokenizer, encoded, index, text, len(prompt), len(text), where)
@@ -70,7 +72,24 @@ def token_span(tokenizer, text, start, end):
     """
     if not 0 <= start < end <= len(text):
         raise ValueError(f"start={start}, end={end} is no span of a text of {len(text)} characters: 0 <= start < end")
+    check_unicode(text, "text")
     return _span(tokenizer, _encode(tokenizer, [text]), 0, text, start, end, f"text[{start}:{end}]")
+
+
+def check_unicode(text, where):
+    """ValueError that begins with `where` for a text with half of a surrogate pair, which no tokenizer or file takes.
+
+    JSON can hold one (a cut text, "\\ud83d"), and Python makes them of bytes on the command line that are not UTF-8.
+    """
+    found = re.search("[\ud800-\udfff]", text)
+    if found:
+        raise ValueError(f"{where}: character {found.start()} is the lone surrogate {found[0]!r}, which is not Unicode "
+                         "text; mend the text, or leave it out")
+
+
+def _short(value):
+    """repr(value), or the beginning of a long one."""
+    return text if len(text := repr(value)) <= 200 else text[:200] + "…"
 
 
 def _strings(texts):
@@ -81,7 +100,8 @@ def _strings(texts):
         raise ValueError("texts is empty; give at least one text")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"texts[{index}] = {text!r} is a {type(text).__name__}, not a string")
+            raise TypeError(f"texts[{index}] = {_short(text)} is a {type(text).__name__}, not a string")
+        check_unicode(text, f"texts[{index}]")
     return texts
 
 
@@ -91,9 +111,10 @@ def _pairs(pairs):
         raise ValueError("pairs is empty; give at least one (prompt, completion)")
     for index, pair in enumerate(pairs):
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise TypeError(f"pairs[{index}] = {pair!r} is not a pair of strings (prompt, completion)")
+            raise TypeError(f"pairs[{index}] = {_short(pair)} is not a pair of strings (prompt, completion)")
         if not pair[1]:
-            raise ValueError(f"pairs[{index}] = {pair!r}: the completion is empty; there is nothing to take a loss on")
+            raise ValueError(f"pairs[{index}] = {_short(pair)}: the completion is empty; nothing to take a loss on")
+        check_unicode("".join(pair), f"pairs[{index}]")
     return [tuple(pair) for pair in pairs]
 
 
@@ -146,7 +167,7 @@ def _span(tokenizer, encoded, index, text, start, end, where):
         held = [i for i, (begin, stop) in enumerate(offsets) if begin < end and stop > start]
         span = (held[0], held[-1] + 1) if held else (0, 0)
     if span[0] == span[1]:
-        raise ValueError(f"{where}: {text[start:end]!r} gives no token of its own")
+        raise ValueError(f"{where}: {_short(text[start:end])} gives no token of its own")
     return tuple(span)
 
 

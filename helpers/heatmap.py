@@ -6,7 +6,7 @@ in training-token attributions that is the input which predicts token t + 1, and
 
 import html
 import re
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -65,7 +65,8 @@ def token_figure(panels, vmax=None, label="influence (nats)", width=6.4, size=7.
         top -= (n_lines + head) * line
         box = (margin / width, top / height, 1 - 2 * margin / width, n_lines * line / height)
         ax = token_heatmap(fig.add_axes(box), panel.tokens, panel.values, vmax, panel.span, size)
-        ax.set_title(panel.title, fontsize=size + 0.5, fontweight="bold", pad=0.2 * size, loc="left")
+        title = "\n".join(map(_shown, panel.title.split("\n")))
+        ax.set_title(title, fontsize=size + 0.5, fontweight="bold", pad=0.2 * size, loc="left")
     if valued:
         _bar(fig, fig.add_axes((0.3, 0.4 / height, 0.4, 0.09 / height)), vmax, valued, label, size)
     return fig
@@ -129,14 +130,19 @@ def _lay_out(tokens, width, size):
 
 
 def _shown(token):
-    """What is drawn for a token: ↵ for newlines, □ for what the font lacks, and no mathematics between dollars."""
+    """What is drawn for a token: ↵ for newlines, □ for what the font lacks or draws nothing for (so that no text hides
+    behind zero-width characters), and no mathematics between dollars."""
     text = token.replace("\r", "").replace("\n", "↵").replace("\t", "  ")
-    return "".join(c if _font().get_char_index(ord(c)) else "□" for c in text).replace("$", r"\$")
+    return "".join(c if _has_ink(c) else "□" for c in text).replace("$", r"\$")
 
 
-@cache
-def _font():
-    return get_font(findfont(FontProperties(family="DejaVu Sans")))
+@lru_cache(maxsize=100_000)
+def _has_ink(character):
+    """Whether the font draws it; blanks count as drawn."""
+    font = FontProperties(family="DejaVu Sans")
+    if not get_font(findfont(font)).get_char_index(ord(character)):
+        return False
+    return character.isspace() or len(text_to_path.get_text_path(font, character)[1]) > 0
 
 
 def _advance(text, size):
@@ -161,7 +167,7 @@ def _inks(boxes, colours, size):
     """{colour of the ink: [glyph paths]}: white on dark backgrounds, grey for ↵ and special tokens on light ones."""
     inks = {"black": [], "white": [], "#8c8c8c": []}
     for box in boxes:
-        word = box.text.strip(" ")
+        word = box.text.strip()
         if not word:
             continue
         faint = SPECIAL.fullmatch(word) or set(word) == {"↵"}

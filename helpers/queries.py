@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .batches import completions
+from .batches import check_unicode, completions
 from .sources import load_facts, load_lm, load_stories
 from .tasks import causal_lm, summed_loss
 
@@ -91,6 +91,7 @@ def first_sentence(text):
 
 def continuation(lm, prompt, most=30):
     """The model's own next sentence after `prompt`, greedily, in at most `most` tokens."""
+    check_unicode(prompt, "prompt")
     limit = min(MAX_LENGTH, lm.tokenizer.model_max_length)
     ids = lm.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
     if ids.shape[1] >= limit:
@@ -108,6 +109,12 @@ def continuation(lm, prompt, most=30):
         if re.search(r"[.!?][\"”]?$", text):
             break
     return lm.tokenizer.decode(ids[0], skip_special_tokens=True)[len(head) :].rstrip()
+
+
+def printable(text):
+    """`text` on one line, safe to print: blanks are single spaces, and what does not print, such as the escape
+    sequences that steer a terminal and marks that turn the direction of writing, is �."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def what(row, places):

@@ -19,7 +19,17 @@ import numpy as np
 from . import completions, explorer, fit_ekfac, influence, linear_layers, tokenize, top_k
 from .heatmap import Panel, token_figure, tokens_of
 from .plots import output_folder
-from .queries import MAX_LENGTH, continued, examples, known_facts, load_sources, probability, tellings_found, what
+from .queries import (
+    MAX_LENGTH,
+    continued,
+    examples,
+    known_facts,
+    load_sources,
+    printable,
+    probability,
+    tellings_found,
+    what,
+)
 
 LAYERS = r"mlp"  # the linear layers of every block's MLP, in GPT-Neo and in Llama
 SHOWN = 5  # stories printed at each end of a ranking
@@ -61,7 +71,7 @@ def prepare(model_source, stories_source):
 
 def report(number, query, lm, factors, scores, train):
     """Print the ranking of one query, save the token heat map of its extremes, and return where it is."""
-    print(f"\nQuery {number + 1}: {query.prompt}[{query.completion}]")
+    print(f"\nQuery {number + 1}: {printable(f'{query.prompt}[{query.completion}]')}")
     print(f"  the loss is that of [...], whose probability is {probability(lm, query.prompt, query.completion):.2g}"
           f"{found_again(query.places, scores)}")  # fmt: skip
     print("  score, story, and in [] the token whose prediction of the next one adds most to the score")
@@ -124,7 +134,7 @@ def excerpt(tokens, values, width=32):
     before, after = "".join(tokens[:strongest]), "".join(tokens[strongest + 1 :])
     head = before if len(before) <= width else "… " + before[-width:].partition(" ")[2]
     tail = after if len(after) <= width else after[:width].rpartition(" ")[0] + " …"
-    return " ".join(f"{head}[{tokens[strongest]}]{tail}".split())
+    return printable(f"{head}[{tokens[strongest]}]{tail}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .batches import check_unicode
+
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 ROOT = BUNDLED.parent.parent
 HUB_MODEL = "roneneldan/TinyStories-1M"
@@ -85,7 +87,7 @@ def load_stories(source="bundled", split="train", limit=None):
     then means 10,000. Blank stories are left out; how many is printed.
 
     Raises FileNotFoundError for a path or split that does not exist, OSError for what cannot be reached or read,
-    ValueError for data without a column "text", or with a text that is not a string.
+    ValueError for data without a column "text", or with a text that is not a string or not Unicode.
     """
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit={limit!r} must be a whole number, 1 or more, or None")
@@ -215,10 +217,10 @@ def _rows(path):
         for batch in pq.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
         return
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as lines:
         if _kind(path) == ".txt":
             text = lines.read()
-            stories = text.split("<|endoftext|>") if "<|endoftext|>" in text else text.splitlines()
+            stories = text.split("<|endoftext|>") if "<|endoftext|>" in text else text.split("\n")
             yield from ({"text": story.strip()} for story in stories if story.strip())
         elif lines.read(1) == "[":
             lines.seek(0)
@@ -232,11 +234,13 @@ def _dataset(rows, place):
     """Rows as a Dataset, each with a text that is not blank, and with the columns of all of them."""
     for index, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"row {index} of {place} has no string in a column 'text': {str(row)[:200]}")
+            raise ValueError(f"row {index} of {place} has no string in a column 'text': {row!r:.200}")
+        check_unicode(row["text"], f"row {index} of {place}")
     columns = dict.fromkeys(key for row in rows for key in row)
     told = [row for row in rows if row["text"].strip()]
     if len(told) < len(rows):
         print(f"load_stories: left out {len(rows) - len(told):,} blank of {len(rows):,} stories")
     if not told:
         raise ValueError(f"{place} holds no story: {len(rows)} rows, none with a text")
-    return datasets.Dataset.from_dict({name: [row.get(name) for row in told] for name in columns})
+    with _explained("columns", place):
+        return datasets.Dataset.from_dict({name: [row.get(name) for row in told] for name in columns})

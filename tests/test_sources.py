@@ -292,7 +292,7 @@ def test_stories_that_are_refused(tmp_path):
         (tmp_path / "nothing.json", "train", None, ValueError, "holds no story: 0 rows"),
         (tmp_path / "number.json", "train", None, ValueError, "row 0 of .* has no string in a column 'text'"),
         (tmp_path / "other.json", "train", None, ValueError, "no string in a column 'text': {'story': 'x'}"),
-        (tmp_path / "list.json", "train", None, ValueError, "no string in a column 'text': x"),
+        (tmp_path / "list.json", "train", None, ValueError, "no string in a column 'text': 'x'"),
         (tmp_path / "bad.json", "train", None, OSError, "bad.json could not be loaded .JSONDecodeError"),
     ]:
         with pytest.raises(error, match=said):
