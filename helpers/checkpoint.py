@@ -35,6 +35,17 @@ def replace(path, write):
         sync(path.parent)
 
 
+def make_folder(folder, argument):
+    """Makes a folder where there is none; OSError that names the argument where it cannot be written in."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        cause = None if os.access(folder, os.W_OK) else "no permission"
+    except OSError as error:
+        cause = error.strerror
+    if cause:
+        raise OSError(f"{argument}: nothing can be written in {str(folder)!r} ({cause}); name a folder of your own")
+
+
 def sync(path):
     """Waits until the file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -101,7 +112,7 @@ class Checkpoint:
         Raises ValueError for a file of another job and for one that is damaged.
         """
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, "checkpoint")
         if not path.exists():
             return 0, 0
         try:

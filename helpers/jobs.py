@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 
 from . import ranks, sources
 from .batches import completions, tokenize
-from .checkpoint import BLOCK
+from .checkpoint import BLOCK, make_folder
 from .ekfac import MATRICES, EKFACFactors, fit_ekfac
 from .influence import influence
 from .layers import linear_layers
@@ -35,6 +35,10 @@ class StoryBatches:
     max_length: int = MAX_LENGTH
     batch_size: int = 16
     device: str = "cpu"
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
 
     def __len__(self):
         return -(-len(self.stories) // self.batch_size)
@@ -75,8 +79,10 @@ def stories_on_disk(source, path, limit=None):
     A story at a time, so that memory does not grow with their number; the file's name is gone when this returns. Raises
     what load_stories raises.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be 1 or more, or None")
     path, texts = Path(path), _texts(source, limit)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "out")
     schema = pa.schema([("text", pa.large_string())])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while some := list(islice(texts, 1000)):
@@ -121,7 +127,7 @@ def fit(model="bundled", stories=None, out="out/job", layers="mlp", labels="samp
     _, batches = _batches(lm, stories, checkpoint, limit, max_length, batch_size, device)
     factors = fit_ekfac(lm.model, batches, names, labels=labels, seed=seed, checkpoint=checkpoint, progress=progress)
     ranks.from_first(lambda: factors.save(out))
-    log.info("%s: factors of %s stories, %s tokens", out, f"{factors.n_examples:,}", f"{factors.n_tokens:,}")
+    log.info("factors of %s stories, %s tokens", f"{factors.n_examples:,}", f"{factors.n_tokens:,}")
     return factors
 
 

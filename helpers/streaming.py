@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .checkpoint import BLOCK, check_job, replace, sync
+from .checkpoint import BLOCK, check_job, make_folder, replace, sync
 from .ranks import collected, from_first, gathered, rank
 
 log = logging.getLogger("helpers")
@@ -38,7 +38,7 @@ class ScoreFile:
 
     def start(self):
         """(blocks, examples of each rank) that are there; (0, None) with an empty file. ValueError where not ours."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent, "out")
         done = self._counted()
         if done[0]:
             self._check(self.path if self.path.exists() else self.partial)

@@ -222,9 +222,13 @@ def test_bad_stories_are_named(rows, error, tmp_path):
     (["fit", "--model", "nowhere"], "stories: 'nowhere' names a model"),
     (["fit", "--layers", "mpl", "--limit", "2"], "layers matched nothing for pattern 'mpl'"),
     (["score", "--factors", "nowhere"], "has no factors.safetensors"),
+    (["fit", "--limit", "0"], "limit=0 must be 1 or more"),
+    (["fit", "--limit", "3", "--batch-size", "0"], "batch_size=0 must be 1 or more"),
+    (["fit", "--limit", "3", "--max-length", "1"], "max_length=1"),
+    (["fit", "--limit", "3", "--out", "/dev/null/x"], "nothing can be written in '/dev/null/x/checkpoint'"),
 ])
 def test_errors_on_the_command_line_are_one_line(argv, message, tmp_path, capsys):
-    assert __main__.main([*argv, "--out", str(tmp_path / "x.npy")]) == 1
+    assert __main__.main([argv[0], "--out", str(tmp_path / "x.npy"), "--quiet", *argv[1:]]) == 1
     said = capsys.readouterr().err.strip()
     assert message in said and said.startswith(f"{argv[0]}: ") and "\n" not in said
 
