@@ -28,7 +28,10 @@ log = logging.getLogger("helpers")
 def replace(path, write):
     """write(temporary path), then sync it and rename it to `path`: there is either the old file or the new one."""
     temporary = path.with_name(path.name + ".partial")
-    write(temporary)
+    try:
+        write(temporary)
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} could not be written ({error})") from error
     sync(temporary)
     temporary.replace(path)
     if os.name == "posix":
@@ -121,7 +124,7 @@ class Checkpoint:
                 saved = file.get_tensor("sums") if state else None
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"checkpoint: {str(path)!r} is damaged ({error}); delete it") from error
-        check_job(path, state and state["job"], self.job, "checkpoint")
+        check_job(path, state["job"] if isinstance(state, dict) else None, self.job, "checkpoint")
         if saved.shape != flat.shape or digest_of({"sums": saved}) != state["digest"]:
             raise ValueError(f"checkpoint: {str(path)!r} is damaged (not the sums that were saved); delete it")
         if state["key"] != key:

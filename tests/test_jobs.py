@@ -187,6 +187,19 @@ def test_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert same(fit(model, tmp_path, Dying()), fit(model, None, Dying()))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(OSError, match="second_moments"):
+            fit(tiny.gpt2(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_eigenvectors_that_differ_restart_the_second_pass(tmp_path, monkeypatch, caplog):
     model, whole = tiny.gpt2(), fit(tiny.gpt2(), None)
     with pytest.raises(Stop):
@@ -239,6 +252,9 @@ def test_help_shows_every_command(capsys):
             __main__.main(argv)
         assert end.value.code == 0
     said = capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        __main__.main(["explore", "--help"])
+    assert end.value.code == 0 and "--shown" in capsys.readouterr().out
     assert all(word in said for word in ("torchrun", "explore", "checkpoint", "--query"))
 
 
