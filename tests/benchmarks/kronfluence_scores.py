@@ -1,6 +1,6 @@
 """Makes tests/kronfluence_scores.safetensors: what kronfluence 1.0.1 says of the bundled model, for the test of parity.
 
-    python tests/benchmarks/kronfluence_scores.py        in the environment that peers.py describes
+    python tests/benchmarks/kronfluence_scores.py        in the environment that peer_kronfluence.py describes
 
 Empirical factors (labels="true") of 256 stories, default damping 0.1 × mean eigenvalue, MLP and attention layers,
 8 held-out queries: sequence scores of 64 stories, token scores of the first 16.
@@ -9,7 +9,7 @@ Empirical factors (labels="true") of 256 stories, default damping 0.1 × mean ei
 from pathlib import Path
 
 import torch
-from peers import Kronfluence
+from peer_kronfluence import Kronfluence
 from safetensors.torch import save_file
 
 from helpers import linear_layers, load_lm, load_stories, tokenize
@@ -23,7 +23,9 @@ def main():
     stories = load_stories(limit=FITTED)["text"]
     train = tokenize(list(stories), lm.tokenizer)
     queries = tokenize(list(load_stories(split="validation", limit=QUERIES)["text"]), lm.tokenizer)
-    theirs = Kronfluence(lm.model, linear_layers(lm.model, LAYERS), train, queries, 16)
+    ids = lambda batches: [row[mask.bool()] for batch in batches
+                           for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    theirs = Kronfluence(lm.model, linear_layers(lm.model, LAYERS), ids(train), ids(queries))
     theirs.fit("true")
     everything, theirs.train = theirs.train, theirs.train[:TRAIN]
     sequence = theirs.scores("sequence")

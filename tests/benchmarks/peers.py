@@ -1,173 +1,214 @@
-"""Ours beside kronfluence 1.0.1: the same scores, and how long each takes, alternating in one process.
+"""Ours beside other libraries: the same scores? And how long, in how much memory? Each side in its own environment.
 
-    python -m venv peers && . peers/bin/activate
-    pip install torch==2.13.0 && pip install --no-deps kronfluence==1.0.1 -e .
-    pip install accelerate opt_einsum einconv einops safetensors tqdm transformers datasets pandas matplotlib scipy
-    python tests/benchmarks/peers.py --model bundled --stories 1000
+    python tests/benchmarks/peers.py right                                        writes peers_right.csv
+    python tests/benchmarks/peers.py time --model 512 --stories 250 --sides ours kronfluence     adds to peers.csv
 
-`--model tinystories-1m` is the configuration of roneneldan/TinyStories-1M with random weights. kronfluence's
-torchvision dependency is left out on purpose: beside a CPU build of torch it breaks the import of transformers.
+peer_<side>.py says how to make a side's environment; `--python kronfluence=…/bin/python` says where it is (the
+default is ../<side>/bin/python). `--model 512` is karpathy/tinyllamas stories260K's shape (`--folder` for its weights
+and `--texts` for stories, else both random), `50257` the configuration of roneneldan/TinyStories-1M with random
+weights, `bundled` ours. Sides alternate; ratios of one run say more than seconds. Two threads.
 """
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
-import time
-from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
-from kronfluence.analyzer import Analyzer, prepare_model
-from kronfluence.arguments import FactorArguments, ScoreArguments
-from kronfluence.task import Task
-from kronfluence.utils.dataset import DataLoaderKwargs
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from dense import difference, gradients, scores
+from peer import read_problem, write_problem
+from safetensors.torch import load_file
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from helpers import fit_ekfac, influence, linear_layers, load_lm, load_stories, tokenize
+from helpers import load_lm, load_stories, tokenize
 
-
-class LanguageTask(Task):
-    """The summed next-token loss; pseudo-labels are drawn as kronfluence's own examples draw them."""
-
-    def __init__(self, layers):
-        self.layers = layers
-
-    def compute_train_loss(self, batch, model, sample=False):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        logits, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-        if sample:
-            with torch.no_grad():
-                drawn = torch.multinomial(logits.softmax(-1), 1).flatten()
-                labels = torch.where(labels == -100, labels, drawn)
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-
-    def compute_measurement(self, batch, model):
-        return self.compute_train_loss(batch, model)
-
-    def get_influence_tracked_modules(self):
-        return self.layers
-
-    def get_attention_mask(self, batch):
-        return batch["attention_mask"]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SIDES = ("ours", "kronfluence", "bergson", "pydvl", "dattri")
 
 
-def rows(batches):
-    """The examples of our batches, one dictionary each, without pads."""
-    return [{key: value[row][batch["attention_mask"][row].bool()] for key, value in batch.items()}
-            for batch in batches for row in range(len(batch["input_ids"]))]
+class Side:
+    """A running peer_<side>.py; ask(order) -> its answer."""
 
+    def __init__(self, name, python, folder, threads):
+        python = sys.executable if name == "ours" else python.get(name, ROOT.parent / name / "bin/python")
+        self.log = tempfile.TemporaryFile("w+")
+        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen([python, "-W", "ignore", HERE / f"peer_{name}.py", folder, str(threads)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+                                        env=env)
 
-def collate(examples, width=0):
-    """One batch, padded to its longest example or, if that is more, to `width`."""
-    width = max(width, *(len(example["input_ids"]) for example in examples))
-    return {key: torch.stack([torch.nn.functional.pad(e[key], (0, width - len(e[key])), value=pad) for e in examples])
-            for key, pad in {"input_ids": 0, "attention_mask": 0, "labels": -100}.items()}
+    def ask(self, **order):
+        try:
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            self.log.seek(0)
+            lines = self.log.read().strip().splitlines()
+            return {"error": lines[-1][:300] if lines else "ended without a word"}
 
-
-class Kronfluence:
-    """fit, scores and token scores of kronfluence, each from files in a temporary folder of its own."""
-
-    def __init__(self, model, layers, train, queries, batch_size):
-        self.train, self.queries, self.batch_size, self.folder = rows(train), rows(queries), batch_size, None
-        self.task = LanguageTask(layers)
-        self.model = prepare_model(model, self.task)
-
-    def analyzer(self, width=0):
-        analyzer = Analyzer("peers", self.model, self.task, cpu=True, disable_tqdm=True, log_level=40,
-                            output_dir=self.folder.name)
-        analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=partial(collate, width=width)))
-        return analyzer
-
-    def fit(self, labels):
-        self.folder = tempfile.TemporaryDirectory()
-        self.analyzer().fit_all_factors("factors", self.train, per_device_batch_size=self.batch_size,
-                                        factor_args=FactorArguments(use_empirical_fisher=labels == "true"))
-
-    def scores(self, per):
-        longest = max(len(row["input_ids"]) for row in self.train)  # its token scores must all have one width
-        analyzer = self.analyzer(longest if per == "token" else 0)
-        args = ScoreArguments(damping_factor=None, compute_per_token_scores=per == "token")
-        analyzer.compute_pairwise_scores(per, "factors", self.queries, self.train, len(self.queries), self.batch_size,
-                                         score_args=args, overwrite_output_dir=True)
-        return analyzer.load_pairwise_scores(per)["all_modules"]
-
-
-class Ours:
-    def __init__(self, model, layers, train, queries):
-        self.model, self.layers, self.train, self.queries = model, layers, train, queries
-
-    def fit(self, labels):
-        self.factors = fit_ekfac(self.model, self.train, self.layers, labels=labels, progress=False)
-
-    def scores(self, per):
-        return influence(self.model, self.factors, self.queries, self.train, per=per, progress=False)
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def tinystories_1m():
     """The architecture of roneneldan/TinyStories-1M: 8 layers, hidden 64, 16 heads, vocabulary 50,257."""
-    config = GPTNeoConfig(vocab_size=50257, hidden_size=64, num_layers=8, num_heads=16, max_position_embeddings=2048,
-                          attention_types=[[["global", "local"], 4]], window_size=256)
     torch.manual_seed(0)
-    return GPTNeoForCausalLM(config).eval()
+    return GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=50257, hidden_size=64, num_layers=8, num_heads=16, max_position_embeddings=2048, window_size=256,
+        attention_types=[[["global", "local"], 4]])).eval()
 
 
-def setting(args):
-    """(a function that makes the model anew, its layers, training batches, query batches)."""
-    if args.model == "tinystories-1m":
-        lengths = torch.randint(120, 240, (args.stories + args.queries,), generator=torch.Generator().manual_seed(0))
-        ids = [torch.randint(50257, (n,), generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)]
-        examples = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
-        batches = [collate(examples[i:i + args.batch]) for i in range(args.queries, len(examples), args.batch)]
-        return tinystories_1m, batches, [collate(examples[: args.queries])]
-    lm = load_lm(args.model)
-    texts = load_stories(args.texts or args.model, limit=args.stories)["text"]
-    queries = load_stories(args.texts or args.model, "validation", limit=args.queries)["text"]
-    return (lambda: load_lm(args.model).model, tokenize(list(texts), lm.tokenizer, batch_size=args.batch),
-            tokenize(list(queries), lm.tokenizer, batch_size=args.queries))
+def stories260k():
+    """The architecture of karpathy/tinyllamas stories260K: 5 layers, hidden 64, 8 heads (4 of keys), vocabulary 512."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True)).eval()
 
 
-def timed(function, *args):
-    start = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - start, result
+def random_ids(n, vocabulary, shortest, longest):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(shortest, longest + 1, (n,), generator=generator)
+    return [torch.randint(vocabulary, (int(length),), generator=generator) for length in lengths]
 
 
-def disagreement(ours, theirs):
-    """The largest ‖Δ‖/‖score‖ of a query."""
-    width = min(ours.shape[-1], theirs.shape[-1])
-    ours, theirs = ours[..., :width].flatten(1), theirs[..., :width].flatten(1)
-    return float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max())
+def big_problem(folder, args):
+    """Writes the problem of `time`; stories are cut to 256 tokens."""
+    if args.model == "50257" or (args.model == "512" and not args.folder):
+        ids = random_ids(args.stories + args.queries, int(args.model), 120, 239)
+        queries, train = ids[: args.queries], ids[args.queries:]
+        model = tinystories_1m() if args.model == "50257" else stories260k()
+    else:
+        lm = load_lm(args.folder or "bundled")
+        texts = [load_stories(args.texts or args.folder or "bundled", split, limit)["text"]
+                 for split, limit in (("train", args.stories), ("validation", args.queries))]
+        train, queries = ([row[mask.bool()] for batch in tokenize(list(part), lm.tokenizer)
+                           for row, mask in zip(batch["input_ids"], batch["attention_mask"])] for part in texts)
+        model = lm.model
+    write_problem(folder, model, args.layers, train, queries)
+
+
+def tiny(kind):
+    """A small float64 model without constant parameters: a GPT-Neo with biases in its MLP, or a Llama without any."""
+    torch.manual_seed(0)
+    if kind == "biases":
+        model = GPTNeoForCausalLM(GPTNeoConfig(
+            vocab_size=37, hidden_size=12, num_layers=2, num_heads=3, intermediate_size=20, max_position_embeddings=40,
+            bos_token_id=0, eos_token_id=0, window_size=40, attention_types=[[["global", "local"], 1]]))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=37, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=20, max_position_embeddings=40))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def right(args):
+    """peers_right.csv: every side's scores on small models against dense float64 ones."""
+    rows = []
+    for kind in ("biases", "no biases"):
+        for lengths in ("ragged", "even"):
+            ids = random_ids(24, 37, 9 if lengths == "ragged" else 20, 20)
+            with tempfile.TemporaryDirectory() as folder:
+                write_problem(folder, tiny(kind), "mlp", ids[4:], ids[:4])
+                problem = read_problem(folder)
+                rows += [{"model": kind, "lengths": lengths} | right_of(side, problem, args) for side in args.sides]
+    table = pd.DataFrame(rows)
+    table.to_csv(HERE / "peers_right.csv", index=False, float_format="%.2g")
+    print(table.to_string())
+
+
+def right_of(name, problem, args):
+    """One side: the largest ‖Δ‖/‖score‖ of a query against the definition, and against what the side says."""
+    model = problem.model().double()
+    read = lambda ids, labels="true": [gradients(model, problem.layers, x, labels) for x in ids]
+    query, train = read(problem.queries), read(problem.train)
+    damping = 0.01 if name == "pydvl" else None
+    truth = scores(query, train, damping=damping)
+    own = {"bergson": lambda: scores(query, train, positions="targets"),
+           "pydvl": lambda: scores(query, train, read(problem.train, "sqrt_p"), damping, "token")}.get(name)
+    side = Side(name, args.python, problem.folder, 1)
+    fitted, row = side.ask(do="fit", labels="true"), {"side": name}
+    for per in ("sequence", "token"):
+        path = problem.folder / f"{name}_{per}"
+        answer = fitted if "error" in fitted else side.ask(do=per, save=str(path))
+        if "error" in answer:
+            row[f"why no {per}"] = answer["error"]
+            continue
+        got = load_file(path)["scores"]
+        row[per] = difference(got.sum(2) if per == "token" else got, truth)
+        if per == "sequence":
+            row["own definition"] = difference(got, own()) if own else row[per]
+            row["correlation"] = float(torch.corrcoef(torch.stack([got.flatten(), truth.flatten()]))[0, 1])
+    side.close()
+    return row
+
+
+def compared(sides, folder):
+    """{(side, what): path of its scores}, of factors fitted with the labels given."""
+    for side in sides.values():
+        side.ask(do="fit", labels="true")
+    return {(name, per): path for name, side in sides.items() for per in ("sequence", "token")
+            if "error" not in side.ask(do=per, save=str(path := folder / f"{name}_{per}"))}
+
+
+def timed(args):
+    """Rows of peers.csv: medians of alternating repeats."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        big_problem(folder, args)
+        sides = {name: Side(name, args.python, folder, args.threads) for name in args.sides}
+        got = {} if args.unchecked else compared(sides, Path(folder))
+        for repeat in range(args.repeats):
+            for name, side in list(sides.items())[:: 1 if repeat % 2 else -1]:
+                for what in ("fit", "sequence", "token"):
+                    answer = side.ask(do=what, labels="sampled")
+                    rows.append({"side": name, "what": what, "s": None, "mib": None, **answer})
+                    print(repeat, name, what, answer, flush=True)
+        table = pd.DataFrame(rows).groupby(["what", "side"], sort=False)[["s", "mib"]].median().reset_index()
+        for (name, per), path in got.items():
+            at = (table["side"] == name) & (table["what"] == per)
+            if ("ours", per) in got:
+                a, b = (load_file(p)["scores"] for p in (got["ours", per], path))
+                width = min(a.shape[-1], b.shape[-1])
+                table.loc[at, "difference"] = difference(a[..., :width], b[..., :width])
+        for side in sides.values():
+            side.close()
+    ours = table[table["side"] == "ours"].set_index("what")["s"]
+    table["ratio"] = table["s"] / table["what"].map(ours)
+    table = table.assign(model=args.model if not args.folder else f"{args.model}, real weights", stories=args.stories,
+                         queries=args.queries, repeats=args.repeats, threads=args.threads)
+    path = HERE / "peers.csv"
+    table.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
+    print(table.to_string())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled", help="a source of load_lm, or tinystories-1m")
+    parser.add_argument("what", choices=("right", "time"))
+    parser.add_argument("--model", default="512", choices=("512", "50257", "bundled"))
+    parser.add_argument("--folder", help="weights and tokenizer for --model 512")
     parser.add_argument("--texts", help="a source of load_stories, where it differs from the model's")
-    parser.add_argument("--layers", default="mlp", help="pattern of linear_layers")
+    parser.add_argument("--layers", default="mlp", help="pattern of names of linear layers")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--python", nargs="*", default=[], metavar="SIDE=PATH")
     parser.add_argument("--stories", type=int, default=250)
     parser.add_argument("--queries", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--unchecked", action="store_true", help="time only; do not compare the scores first")
     args = parser.parse_args()
+    args.python = dict(pair.split("=", 1) for pair in args.python)
     torch.set_num_threads(args.threads)
-    make, train, queries = setting(args)
-    layers = linear_layers(make(), args.layers)
-    sides = {"ours": Ours(make(), layers, train, queries),
-             "kronfluence": Kronfluence(make(), layers, train, queries, args.batch)}
-    for side in sides.values():
-        side.fit("true")
-    for per in ("sequence", "token"):
-        print(f"{per} scores, largest ‖Δ‖/‖score‖ of a query:",
-              f"{disagreement(*(side.scores(per) for side in sides.values())):.1e}", flush=True)
-    table = []
-    for repeat in range(args.repeats):
-        for name, side in list(sides.items())[:: 1 if repeat % 2 else -1]:
-            table.append((name, "fit", timed(side.fit, "sampled")[0]))
-            table.extend((name, f"{per} scores", timed(side.scores, per)[0]) for per in ("sequence", "token"))
-    seconds = pd.DataFrame(table, columns=["side", "what", "s"]).pivot_table("s", "what", "side", "median", sort=False)
-    seconds["ratio"] = seconds["kronfluence"] / seconds["ours"]
-    print(f"{args.model}, layers {args.layers!r} ({len(layers)}), {args.stories} stories, {args.queries} queries, "
-          f"median of {args.repeats}, {args.threads} threads, seconds:\n{seconds.round(2)}")
+    {"right": right, "time": timed}[args.what](args)
 
 
 if __name__ == "__main__":
