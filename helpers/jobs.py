@@ -15,12 +15,12 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from . import ranks, sources
-from .batches import completions, tokenize
+from .batches import check_unicode, completions, tokenize
 from .checkpoint import BLOCK, make_folder
 from .ekfac import MATRICES, EKFACFactors, fit_ekfac
 from .influence import influence
 from .layers import linear_layers
-from .queries import MAX_LENGTH, asked
+from .queries import MAX_LENGTH, asked, printable
 
 TOLD = (2, 8, 16)  # planted facts that are asked about where no query is given
 log = logging.getLogger("helpers")
@@ -104,7 +104,8 @@ def _texts(source, limit):
     rows = _rows(sources._files(place, "stories_train" if source == "bundled" else "train"))
     for index, row in enumerate(islice(rows, limit)):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"row {index} of {place} has no string in a column 'text': {str(row)[:200]}")
+            raise ValueError(f"row {index} of {place} has no string in a column 'text': {row!r:.200}")
+        check_unicode(row["text"], f"row {index} of {place}")
         if row["text"].strip():
             yield row["text"]
 
@@ -160,10 +161,10 @@ def score(model="bundled", stories=None, factors="out/job", out="out/job/scores.
 def report(pairs, scores, stories, k):
     """Prints the k most helpful stories of every query: their number, score and beginning."""
     for (prompt, completion), row in zip(pairs, scores):
-        print(f"\n{prompt}[{completion}]")
+        print(f"\n{printable(prompt)}[{printable(completion)}]")
         best = row.topk(min(k, len(row)))
         for value, number in zip(best.values.tolist(), best.indices.tolist()):
-            print(f"{value:+12.4g}  story {number:<7d} {' '.join(stories[number]['text'][:80].split())}")
+            print(f"{value:+12.4g}  story {number:<7d} {printable(stories[number]['text'][:80])}")
 
 
 def _own(model, stories):

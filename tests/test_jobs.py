@@ -224,7 +224,8 @@ def test_batches_made_on_demand_are_those_of_tokenize(tmp_path):
 
 
 @pytest.mark.parametrize("rows,error", [('{"text": "a b c"}\n{"story": 1}\n', "row 1 of .* has no string"),
-                                        ('{"text": " "}\n', "holds no story"), ('{"text": \n', "could not be loaded")])
+                                        ('{"text": " "}\n', "holds no story"), ('{"text": \n', "could not be loaded"),
+                                        ('{"text": "\\ud83d"}\n', "row 0 of .* is the lone surrogate")])
 def test_bad_stories_are_named(rows, error, tmp_path):
     (tmp_path / "train.jsonl").write_text(rows)
     with pytest.raises((ValueError, OSError), match=error):
