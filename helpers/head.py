@@ -2,6 +2,8 @@
 
 import torch
 
+from .tasks import check_classes
+
 CHUNK = 4_000_000  # logits held at a time
 
 
@@ -10,7 +12,9 @@ def head_gradient(hidden, head, targets, uniforms=None):
 
     hidden [n, d]; head an `nn.Linear` with weight [V, d]; targets [n] (no -100). With `uniforms` [n] in (0, 1), y is
     drawn from p by inverting its distribution function and `targets` is not read. Returns [n, d], summed-loss units.
+    Raises IndexError for a target that is no row of W.
     """
+    check_classes(targets, len(head.weight))
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     out = torch.empty_like(hidden)
     rows = max(1, CHUNK // len(weight))

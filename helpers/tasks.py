@@ -56,9 +56,18 @@ def draw_targets(outputs, targets, uniforms):
     """
     if targets.is_floating_point():
         return outputs.detach() + torch.special.ndtri(uniforms).to(outputs.dtype)
+    check_classes(targets[targets != IGNORED], outputs.shape[-1])
     cdf = outputs.detach().double().softmax(-1).cumsum(-1)
     drawn = (cdf < uniforms[..., None] * cdf[..., -1:]).sum(-1).clamp_(max=cdf.shape[-1] - 1)
     return torch.where(targets == IGNORED, targets, drawn)
+
+
+def check_classes(targets, classes):
+    """IndexError for a label outside 0 … classes − 1; a negative one would count from the end where it is an index."""
+    wrong = targets[(targets < 0) | (targets >= classes)]
+    if len(wrong):
+        raise IndexError(f"labels: {int(wrong[0])} is out of the classes 0 to {classes - 1}; {IGNORED} marks what "
+                         "takes no loss")
 
 
 def keyed_uniforms(batch, targets, seed):

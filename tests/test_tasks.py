@@ -75,9 +75,9 @@ def test_draws_keep_the_mask_and_depend_on_seed_position_and_input():
     assert uniforms.shape == targets.shape and bool(((uniforms > 0) & (uniforms < 1)).all())
     assert len(uniforms[batch["attention_mask"][:, :-1].bool()].unique()) == int(batch["attention_mask"][:, :-1].sum())
     assert not torch.equal(uniforms, keyed_uniforms(batch, targets, 1))
-    logits = torch.randn(*targets.shape, 7, dtype=torch.float64)
+    logits = torch.randn(*targets.shape, tiny.VOCABULARY, dtype=torch.float64)
     drawn = draw_targets(logits, targets, uniforms)
-    assert torch.equal(drawn == -100, targets == -100) and int(drawn.max()) < 7
+    assert torch.equal(drawn == -100, targets == -100) and int(drawn.max()) < tiny.VOCABULARY
     other = {**batch, "input_ids": batch["input_ids"] + (torch.arange(5) == 3)[:, None]}
     changed = keyed_uniforms(other, targets, 0)
     assert torch.equal((changed != uniforms).any(1), torch.arange(5) == 3)

@@ -1,0 +1,68 @@
+"""Errors that the other tests leave out: labels outside the classes, changes in place, a LiSSA that grows slowly."""
+
+import pytest
+import tiny
+import torch
+
+from helpers import causal_lm, classification, fit_ekfac, hessian, influence, linear_layers, lissa, self_influence
+from helpers.head import head_gradient
+
+QUIET = {"progress": False}
+
+
+class Bend(torch.nn.Module):
+    """Two layers, the output of the second of which is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        return torch.relu_(self.second(self.first(inputs)).add_(1.0))
+
+
+def test_an_output_that_is_changed_in_place():
+    batch = {"inputs": torch.randn(4, 3), "labels": torch.randn(4, 2)}
+    task = lambda model, batch: (model(batch["inputs"]), batch["labels"])
+    with pytest.raises(ValueError, match="output of 'second' is changed in place after it .*make that .* out of place"):
+        fit_ekfac(Bend(), [batch], ["first", "second"], task=task, **QUIET)
+
+
+def test_lissa_that_grows_slowly_is_told_from_one_that_settles():
+    H = torch.diag(torch.tensor([-0.7, 1.0, 2.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match="slowly: its steps still grew after 500"):
+        lissa(lambda u: H @ u, torch.ones(3, dtype=torch.float64), 0.0, scale=100.0, depth=500)
+
+
+@pytest.mark.parametrize("label", [-1, tiny.VOCABULARY, 10_000])
+@pytest.mark.parametrize("labels", ["sampled", "true"])
+@pytest.mark.parametrize("kind", tiny.MODELS)
+def test_a_label_outside_the_vocabulary_is_refused_wherever_it_stands(kind, labels, label):
+    """Not only in the first batch, which the general path looks at: a negative index would count from the end."""
+    model = tiny.MODELS[kind]()
+    layers, batches = linear_layers(model, "mlp"), tiny.batches(tiny.stories(8), 2)
+    factors = fit_ekfac(model, batches, layers, **QUIET)
+    batches[3]["labels"][1, 2] = label
+    for task in (causal_lm, lambda model, batch: causal_lm(model, batch)):
+        for call in (lambda task=task: fit_ekfac(model, batches, layers, task=task, labels=labels, **QUIET),
+                     lambda task=task: influence(model, factors, batches[:1], batches, task=task, **QUIET),
+                     lambda task=task: influence(model, factors, batches, batches[:1], task=task, **QUIET),
+                     lambda task=task: self_influence(model, factors, batches, task=task, **QUIET)):
+            with pytest.raises(IndexError, match=f"{label} is out of"):
+                call()
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_outside_the_classes_is_refused(label):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
+    good = {"input": torch.randn(5, 4).double(), "labels": torch.tensor([0, 1, 2, 0, 1])}
+    bad = {**good, "labels": torch.tensor([0, 1, label, 0, 1])}
+    for labels in ("sampled", "true"):
+        with pytest.raises(IndexError, match=f"{label} is out of"):
+            fit_ekfac(model, [good, bad], ["0"], task=classification, labels=labels, **QUIET)
+    with pytest.raises(IndexError, match=f"{label} is out of"):
+        hessian(model, bad, classification)
+    with pytest.raises(IndexError, match=f"labels: {label} is out of the classes 0 to 2; -100"):
+        head_gradient(good["input"], model[0], bad["labels"])
+
