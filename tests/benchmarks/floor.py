@@ -1,10 +1,11 @@
-"""Where our time goes, against the arithmetic that cannot be avoided: python tests/benchmarks/floor.py (floor.csv).
+"""Where our time goes, against the arithmetic that cannot be avoided: `floor.py --model 512`, or 50257; floor.csv.
 
 Every matrix product that a fit and its scores need is listed by hand with its shape and how often it is needed, and
 timed alone; the sum is the floor ("same shapes"). A second, lower one divides the same operations by the rate of one
 large product ("best rate"). Attention's products count at the best rate, their causal half only, in both: a kernel
 may fuse them. Elementwise work, softmax, copies and Python are in neither floor: they are what a profile shows as the
-rest. MLP layers, equal lengths, 8 queries (counted with the stories), random weights; two threads.
+rest. MLP layers, equal lengths, 8 queries (counted with the stories), random weights; one
+thread, processor time.
 """
 
 import argparse
@@ -24,6 +25,7 @@ KINDS = {"products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::dot", "aten
          "attention": ("aten::_scaled_dot_product",), "eigh": ("aten::_linalg_eigh",),
          "copies and look-ups": ("aten::copy_", "aten::index", "aten::gather", "aten::cat", "aten::masked_fill",
                                  "aten::_index_put", "aten::index_select", "aten::fill_", "aten::zero_")}
+MODELS = {"512": stories260k, "50257": tinystories_1m}
 GIGA = 1e9
 ROWS = 80  # of the output head at a time; more logits do not fit into a cache
 
@@ -72,13 +74,13 @@ def needed(what, model, B, T, queries):
     return products, attention
 
 
-def median_time(function, repeats=5):
+def median_time(function, repeats=3):
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return sorted(times)[repeats // 2]
 
 
@@ -105,8 +107,9 @@ def shares(function):
     return {kind: total / whole for kind, total in totals.items()}
 
 
-def rows_of(name, model, stories, T, B, queries):
+def rows_of(args, model, T, B, queries):
     """One row for the fit, the sequence scores and the token scores."""
+    stories = args.stories
     ids = random_ids(stories + queries, model.config.vocab_size, T, T)
     train, asked = batches(ids[queries:], B), batches(ids[:queries], B)
     layers = linear_layers(model, "mlp")
@@ -122,8 +125,8 @@ def rows_of(name, model, stories, T, B, queries):
         own = count * (sum(times * product_time(b, m, k, n) for b, m, k, n, times in products) + attention / best)
         sizes = [n for pair in layers_of(model) for n in pair] if what == "fit" else []
         eigh = sum(sizes.count(n) * eigh_time(n) for n in set(sizes))
-        measured = median_time(run, 3)
-        rows.append({"model": name, "what": what, "stories": stories, "tokens": stories * T, "gflop": work,
+        measured = median_time(run, args.repeats)
+        rows.append({"model": args.model, "what": what, "stories": stories, "tokens": stories * T, "gflop": work,
                      "best_rate": best, "floor_best": work / best + eigh, "floor_shapes": own + eigh, "s": measured,
                      "times_best": measured / (work / best + eigh), "times_shapes": measured / (own + eigh)}
                     | shares(run))
@@ -132,13 +135,15 @@ def rows_of(name, model, stories, T, B, queries):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default="512", choices=MODELS)
+    parser.add_argument("--stories", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [row for name, model, stories in (("512", stories260k(), 64), ("50257", tinystories_1m(), 16))
-            for row in rows_of(name, model, stories, 200, 16, 8)]
-    table = pd.DataFrame(rows)
-    table.to_csv(Path(__file__).with_suffix(".csv"), index=False, float_format="%.4g")
+    table = pd.DataFrame(rows_of(args, MODELS[args.model](), 200, 16, 8)).assign(threads=args.threads)
+    path = Path(__file__).with_suffix(".csv")
+    table.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
     print(table.T.to_string())
 
 

@@ -1,8 +1,9 @@
 """What all sides of peers.py share: the problem, read from a folder, and the loop that does and times what it is told.
 
 A side is a program of its own, because each library wants other versions: it reads one JSON order a line from its
-standard input, `{"do": "fit", "labels": "true"}` or `{"do": "sequence" | "token", "save": path or null}`, and answers
-one JSON line: `{"s": seconds, "mib": how far memory rose above what was in use before}` or `{"error": reason}`.
+standard input, `{"do": "problem", "folder": another}`, `{"do": "fit", "labels": "true"}` or `{"do": "sequence", "save":
+path or null}` ("token" likewise), and answers one JSON line: seconds `s`, processor time `cpu`, `mib` that memory rose
+above what was in use before; or the `error`.
 """
 
 import json
@@ -75,11 +76,11 @@ def memory(what):
 
 
 def measured(function, *args):
-    """(result, seconds, rise of memory in MiB)."""
+    """(result, {"s": seconds, "cpu": of processor time, "mib": rise of memory})."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     result = function(*args)
-    return result, time.perf_counter() - start, memory("VmHWM") - before
+    return result, {"s": time.perf_counter() - start, "cpu": time.process_time() - cpu, "mib": memory("VmHWM") - before}
 
 
 def serve(make):
@@ -91,13 +92,14 @@ def serve(make):
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            if order["do"] == "fit":
-                _, seconds, mib = measured(side.fit, order["labels"])
+            if order["do"] == "problem":
+                side, answer = make(read_problem(order["folder"])), {}
+            elif order["do"] == "fit":
+                _, answer = measured(side.fit, order["labels"])
             else:
-                scores, seconds, mib = measured(side.scores, order["do"])
+                scores, answer = measured(side.scores, order["do"])
                 if order.get("save"):
                     save_file({"scores": scores.double().contiguous()}, order["save"])
-            answer = {"s": seconds, "mib": mib}
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}

@@ -6,7 +6,8 @@
 peer_<side>.py says how to make a side's environment; `--python kronfluence=…/bin/python` says where it is (the
 default is ../<side>/bin/python). `--model 512` is karpathy/tinyllamas stories260K's shape (`--folder` for its weights
 and `--texts` for stories, else both random), `50257` the configuration of roneneldan/TinyStories-1M with random
-weights, `bundled` ours. Sides alternate; ratios of one run say more than seconds. Two threads.
+weights, `bundled` ours. Sides alternate, one thread each; ratios are of processor time, which a shared machine
+disturbs less than the clock's, and of one run.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -112,22 +114,29 @@ def tiny(kind):
 
 
 def right(args):
-    """peers_right.csv: every side's scores on small models against dense float64 ones."""
+    """Rows of peers_right.csv, those of `sides` anew: their scores on small models against dense float64 ones."""
     rows = []
-    for kind in ("biases", "no biases"):
-        for lengths in ("ragged", "even"):
-            ids = random_ids(24, 37, 9 if lengths == "ragged" else 20, 20)
-            with tempfile.TemporaryDirectory() as folder:
-                write_problem(folder, tiny(kind), "mlp", ids[4:], ids[:4])
-                problem = read_problem(folder)
-                rows += [{"model": kind, "lengths": lengths} | right_of(side, problem, args) for side in args.sides]
-    table = pd.DataFrame(rows)
-    table.to_csv(HERE / "peers_right.csv", index=False, float_format="%.2g")
+    with tempfile.TemporaryDirectory() as folder:
+        problems = {}
+        for at in product(("biases", "no biases"), ("ragged", "even")):
+            ids = random_ids(24, 37, 9 if at[1] == "ragged" else 20, 20)
+            problems[at] = Path(folder) / "-".join(at)
+            write_problem(problems[at], tiny(at[0]), "mlp", ids[4:], ids[:4])
+        for name in args.sides:
+            side = Side(name, args.python, problems["biases", "even"], 1)
+            rows += [{"side": name, "model": model, "lengths": lengths} | right_of(name, side, problems[model, lengths])
+                     for model, lengths in problems]
+            side.close()
+    path = HERE / "peers_right.csv"
+    before = pd.read_csv(path) if path.exists() else pd.DataFrame({"side": []})
+    table = pd.concat([before[~before["side"].isin(args.sides)], pd.DataFrame(rows)])
+    table.to_csv(path, index=False, float_format="%.2g")
     print(table.to_string())
 
 
-def right_of(name, problem, args):
-    """One side: the largest ‖Δ‖/‖score‖ of a query against the definition, and against what the side says."""
+def right_of(name, side, folder):
+    """The largest ‖Δ‖/‖score‖ of a query against the definition, and against what the side says that it computes."""
+    problem = read_problem(folder)
     model = problem.model().double()
     read = lambda ids, labels="true": [gradients(model, problem.layers, x, labels) for x in ids]
     query, train = read(problem.queries), read(problem.train)
@@ -135,10 +144,10 @@ def right_of(name, problem, args):
     truth = scores(query, train, damping=damping)
     own = {"bergson": lambda: scores(query, train, positions="targets"),
            "pydvl": lambda: scores(query, train, read(problem.train, "sqrt_p"), damping, "token")}.get(name)
-    side = Side(name, args.python, problem.folder, 1)
-    fitted, row = side.ask(do="fit", labels="true"), {"side": name}
+    side.ask(do="problem", folder=str(folder))
+    fitted, row = side.ask(do="fit", labels="true"), {}
     for per in ("sequence", "token"):
-        path = problem.folder / f"{name}_{per}"
+        path = folder / f"{name}_{per}"
         answer = fitted if "error" in fitted else side.ask(do=per, save=str(path))
         if "error" in answer:
             row[f"why no {per}"] = answer["error"]
@@ -148,7 +157,6 @@ def right_of(name, problem, args):
         if per == "sequence":
             row["own definition"] = difference(got, own()) if own else row[per]
             row["correlation"] = float(torch.corrcoef(torch.stack([got.flatten(), truth.flatten()]))[0, 1])
-    side.close()
     return row
 
 
@@ -171,9 +179,9 @@ def timed(args):
             for name, side in list(sides.items())[:: 1 if repeat % 2 else -1]:
                 for what in ("fit", "sequence", "token"):
                     answer = side.ask(do=what, labels="sampled")
-                    rows.append({"side": name, "what": what, "s": None, "mib": None, **answer})
+                    rows.append({"side": name, "what": what, "s": None, "cpu": None, "mib": None, **answer})
                     print(repeat, name, what, answer, flush=True)
-        table = pd.DataFrame(rows).groupby(["what", "side"], sort=False)[["s", "mib"]].median().reset_index()
+        table = pd.DataFrame(rows).groupby(["what", "side"], sort=False)[["s", "cpu", "mib"]].median().reset_index()
         for (name, per), path in got.items():
             at = (table["side"] == name) & (table["what"] == per)
             if ("ours", per) in got:
@@ -182,8 +190,8 @@ def timed(args):
                 table.loc[at, "difference"] = difference(a[..., :width], b[..., :width])
         for side in sides.values():
             side.close()
-    ours = table[table["side"] == "ours"].set_index("what")["s"]
-    table["ratio"] = table["s"] / table["what"].map(ours)
+    ours = table[table["side"] == "ours"].set_index("what")["cpu"]
+    table["ratio"] = table["cpu"] / table["what"].map(ours)
     table = table.assign(model=args.model if not args.folder else f"{args.model}, real weights", stories=args.stories,
                          queries=args.queries, repeats=args.repeats, threads=args.threads)
     path = HERE / "peers.csv"
@@ -203,7 +211,7 @@ def main():
     parser.add_argument("--stories", type=int, default=250)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--unchecked", action="store_true", help="time only; do not compare the scores first")
     args = parser.parse_args()
     args.python = dict(pair.split("=", 1) for pair in args.python)
