@@ -1,10 +1,23 @@
 """Errors that the other tests leave out: labels outside the classes, changes in place, a LiSSA that grows slowly."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
-from helpers import causal_lm, classification, fit_ekfac, hessian, influence, linear_layers, lissa, self_influence
+from helpers import (
+    __main__,
+    causal_lm,
+    classification,
+    fit_ekfac,
+    hessian,
+    influence,
+    jobs,
+    linear_layers,
+    lissa,
+    self_influence,
+)
 from helpers.head import head_gradient
 
 QUIET = {"progress": False}
@@ -66,3 +79,18 @@ def test_a_label_outside_the_classes_is_refused(label):
     with pytest.raises(IndexError, match=f"labels: {label} is out of the classes 0 to 2; -100"):
         head_gradient(good["input"], model[0], bad["labels"])
 
+
+
+def test_long_jobs_say_what_is_missing(tmp_path, monkeypatch):
+    model = tiny.gpt2()
+    fit_ekfac(model, tiny.batches(tiny.stories(4)), linear_layers(model, "c_fc"), **QUIET).save(tmp_path)
+    (tmp_path / "train.txt").write_text("One dog.\n")
+    with pytest.raises(ValueError, match="top=3 ranks stories by their scores: it needs per='sequence', got 'token'"):
+        jobs.score(factors=tmp_path, out=tmp_path / "s.npy", per="token", top=3, progress=False)
+    with pytest.raises(ValueError, match="query: none given; give one or more, each a prompt and a completion"):
+        jobs.score(stories=tmp_path, factors=tmp_path, out=tmp_path / "s.npy", progress=False)
+    monkeypatch.setattr(jobs, "ranks", SimpleNamespace(rank=lambda: 0, size=lambda: 2))
+    with pytest.raises(ValueError, match="1 stories for 2 ranks: start at most one rank a story"):
+        jobs.fit(stories=tmp_path, out=tmp_path / "fit", progress=False)
+    with pytest.raises(KeyboardInterrupt, match="another rank has died"):
+        __main__._stopped(15, None)
