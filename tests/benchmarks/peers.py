@@ -11,6 +11,7 @@ disturbs less than the clock's, and of one run.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -54,7 +55,8 @@ class Side:
             return {"error": lines[-1][:300] if lines else "ended without a word"}
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have died, of memory for one
+            self.process.stdin.close()
         self.process.wait()
 
 
