@@ -67,13 +67,14 @@ class EKFACFactors:
                    for name, value in getattr(self, matrix).items()}
         meta = {"n_examples": self.n_examples, "n_tokens": self.n_tokens, "pooled": list(self.pooled),
                 "fingerprint": self.fingerprint, "layers": list(self.A)}
+        meta["digest"] = _digest(tensors, meta)
         path = Path(directory) / "factors.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, lambda partial: save_file(tensors, partial, {"ekfac": json.dumps(meta)}))
 
     @staticmethod
     def load(directory):
-        """The factors that `save` wrote; raises FileNotFoundError or ValueError where there are none."""
+        """The factors that `save` wrote; FileNotFoundError where there are none, ValueError where they are damaged."""
         path = Path(directory) / "factors.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"directory: {str(directory)!r} has no factors.safetensors; save makes it")
@@ -81,10 +82,12 @@ class EKFACFactors:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("ekfac", "null"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"directory: {str(path)!r} cannot be read ({error}); save the factors again") from error
-        if meta is None:
+        if not isinstance(meta, dict):
             raise ValueError(f"directory: {str(path)!r} was not written by EKFACFactors.save")
+        if meta.pop("digest", None) != _digest(tensors, meta):
+            raise ValueError(f"directory: {str(path)!r} is damaged (not what was saved); save the factors again")
         parts = {m: {name: tensors[f"{m}/{name}"] for name in meta["layers"]} for m in MATRICES}
         return EKFACFactors(**parts, n_examples=meta["n_examples"], n_tokens=meta["n_tokens"],
                             pooled=tuple(meta["pooled"]), fingerprint=meta["fingerprint"])
@@ -176,6 +179,12 @@ def rotated_gradients(a, ds, q_a, q_s):
     gradient = ds.transpose(1, 2) @ a
     gradient = gradient if a_first else gradient @ q_a
     return gradient if s_first else q_s.T @ gradient
+
+
+def _digest(tensors, meta):
+    """A digest of all that a file of factors holds."""
+    told = json.dumps(meta, sort_keys=True) + digest_of({key: tensors[key] for key in sorted(tensors)})
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(model, layers):

@@ -447,3 +447,31 @@ def test_factors_as_a_pickle_run_nothing(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         EKFACFactors.load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("spoil", ["a byte", "a tensor less", "a tensor more", "other shapes", "count", "layers",
+                                   "meta", "no JSON", "a list"])  # fmt: skip
+def test_factors_that_were_changed_are_refused(factors, tmp_path, spoil):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    factors.save(tmp_path)
+    path = tmp_path / "factors.safetensors"
+    with safe_open(path, "pt") as file:
+        meta, tensors = json.loads(file.metadata()["ekfac"]), {key: file.get_tensor(key) for key in file.keys()}
+    name = next(key for key in tensors if key.startswith("Lambda/"))
+    if spoil == "a byte":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        if spoil == "a tensor less":
+            del tensors[name]
+        if spoil == "a tensor more":
+            tensors["A/more"] = torch.zeros(2)
+        if spoil == "other shapes":
+            tensors[name] = tensors[name].flatten().clone()
+        meta |= {"count": {"n_tokens": 1}, "layers": {"layers": ["x"]}, "meta": {"fingerprint": ""}}.get(spoil, {})
+        told = {"no JSON": "{", "a list": "[1]"}.get(spoil, json.dumps(meta))
+        save_file(tensors, path, {"ekfac": told})
+    with pytest.raises(ValueError, match="factors.safetensors.*(is damaged|cannot be read|was not written)"):
+        EKFACFactors.load(tmp_path)
