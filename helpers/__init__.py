@@ -2,6 +2,7 @@
 
 from .batches import completions, token_span, tokenize
 from .checks import check_close, pick
+from .classifier import labelled_batches, load_classifier, load_labelled, train_classifier
 from .damping import damping_sweep
 from .ekfac import EKFACFactors, fit_ekfac
 from .exact import exact_influence, ggn, hessian, hvp, leave_one_out
@@ -14,7 +15,8 @@ from .tasks import causal_lm, classification, regression
 
 __all__ = [
     "EKFACFactors", "LM", "Solution", "arnoldi", "causal_lm", "cg", "check_close", "classification", "completions",
-    "damping_sweep", "exact_influence", "fit_ekfac", "ggn", "hessian", "hvp", "influence", "leave_one_out",
-    "linear_layers", "lissa", "load_facts", "load_lm", "load_stories", "nystrom", "pick", "regression",
-    "save_figure", "self_influence", "token_span", "tokenize", "top_k",
+    "damping_sweep", "exact_influence", "fit_ekfac", "ggn", "hessian", "hvp", "influence", "labelled_batches",
+    "leave_one_out", "linear_layers", "lissa", "load_classifier", "load_facts", "load_labelled", "load_lm",
+    "load_stories", "nystrom", "pick", "regression", "save_figure", "self_influence", "token_span", "tokenize",
+    "top_k", "train_classifier",
 ]
