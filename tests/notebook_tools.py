@@ -3,8 +3,9 @@
     python tests/notebook_tools.py run notebooks/06*.ipynb    # `make notebooks`
     python tests/notebook_tools.py stale                      # `make stale`
 
-A stamp holds the hash of what the notebook's outputs came from: its own code cells, and helpers/. Prose may be mended
-afterwards, and so may comments and docstrings in helpers/; any other change makes the notebook stale.
+A stamp holds the hash of what the notebook's outputs came from: its own code cells, and of helpers/ the modules that it
+imports, directly or by way of others, with the bundled data where they are read. Prose may be mended afterwards, and so
+may comments and docstrings in helpers/; any other change makes the notebook stale.
 """
 
 import ast
@@ -22,9 +23,6 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
          "JUPYTER_PREFER_ENV_PATH": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-
-COMMANDS = ("run.py", "queries.py", "explorer.py", "explorer.html")  # no notebook imports them
-
 
 def code_only(text):
     """Python source without comments, docstrings and blank lines."""
@@ -46,10 +44,41 @@ def source_hash(notebook):
     return _hash(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
-def helpers_hash(folder=ROOT / "helpers"):
-    """Hash of the package and its data, without Markdown and what only the commands use."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    paths = [path for path in paths if path.name not in COMMANDS and path.suffix not in (".md", ".pyc")]
+def imported(tree, folder, public):
+    """Names of the modules of helpers that a syntax tree imports; `public` says where helpers' own names come from."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "helpers"):
+            inside = node.module if node.level else (node.module or "").partition(".")[2]
+            names = [alias.name for alias in node.names]
+            found |= {inside.split(".")[0]} if inside else {public.get(name, name) for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("helpers.")}
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "helpers":
+            found.add(public.get(node.attr, node.attr))
+    return {name for name in found if (folder / f"{name}.py").exists()}
+
+
+def modules_of(notebook, folder):
+    """The modules of helpers that a notebook rests on, sorted."""
+    read = lambda name: ast.parse((folder / f"{name}.py").read_text("utf-8"))
+    public = {alias.name: node.module for node in ast.walk(read("__init__")) if isinstance(node, ast.ImportFrom)
+              for alias in node.names}
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    found, open_ = set(), imported(ast.parse(code), folder, public)
+    while open_:
+        found |= open_
+        open_ = set().union(*(imported(read(name), folder, public) for name in open_)) - found
+    return sorted(found)
+
+
+def helpers_hash(notebook, folder=ROOT / "helpers"):
+    """Hash of what a notebook uses of helpers: code of modules, the figures' style, and the data where `sources` is."""
+    modules = modules_of(notebook, folder)
+    paths = [folder / f"{name}.py" for name in modules] + sorted(folder.glob("*.mplstyle"))
+    if "sources" in modules:
+        paths += sorted(path for path in (folder / "bundled").rglob("*") if path.is_file()
+                        and path.suffix not in (".py", ".md", ".pyc") and path.parent.name != "grammar")
     texts = [code_only(path.read_text("utf-8")) if path.suffix == ".py" else path.read_bytes() for path in paths]
     names = [path.relative_to(folder).as_posix() for path in paths]
     return _hash(part for pair in zip(names, texts, strict=True) for part in pair)
@@ -95,7 +124,7 @@ def run(paths):
                 ("record_timing=False", "timeout=-1", "kernel_name=python3")]
     failed = []
     for path in paths:
-        began, helpers = time.perf_counter(), helpers_hash()
+        began, helpers = time.perf_counter(), helpers_hash(nbformat.read(path, as_version=4))
         done = subprocess.run([*command, str(path)], env=env)
         took = time.perf_counter() - began
         print(f"{path}: {took:.0f} s" + ("" if done.returncode == 0 else ", FAILED"), flush=True)
@@ -108,9 +137,9 @@ def run(paths):
 
 def stale(paths):
     """Print the stale notebooks, one a line with the reason; nothing if all is well."""
-    helpers = helpers_hash()
     for path in paths:
-        why = staleness(nbformat.read(path, as_version=4), helpers)
+        notebook = nbformat.read(path, as_version=4)
+        why = staleness(notebook, helpers_hash(notebook))
         if why:
             print(f"{path}: {why}")
     return 0

@@ -196,11 +196,16 @@ def test_moving_code_between_cells_changes_the_hash():
     assert notebook_tools.source_hash(one) != notebook_tools.source_hash(two)
 
 
-def test_helpers_hash_sees_code_and_data_but_not_comments(tmp_path):
-    def digest(code, data=b"1"):
+def test_helpers_hash_sees_imported_code_and_data_but_not_comments(tmp_path):
+    (tmp_path / "bundled").mkdir()
+    (tmp_path / "__init__.py").write_text("from .sources import load\nfrom .a import f", "utf-8")
+    (tmp_path / "sources.py").write_text("load = 1", "utf-8")
+    (tmp_path / "c.py").write_text("c = 1", "utf-8")
+
+    def digest(code, data=b"1", notebook="from helpers import f, load"):
         (tmp_path / "a.py").write_text(code, "utf-8")
-        (tmp_path / "b.gz").write_bytes(data)
-        return notebook_tools.helpers_hash(tmp_path)
+        (tmp_path / "bundled" / "b.gz").write_bytes(data)
+        return notebook_tools.helpers_hash(small_notebook(notebook), tmp_path)
 
     base = digest('"""One."""\n\ndef f(x):\n    """Two."""\n    return x + 1  # why\n')
     assert digest('"""Uno,\ndue."""\ndef f(x):\n    """Tre."""\n\n    return x + 1\n') == base
@@ -209,3 +214,12 @@ def test_helpers_hash_sees_code_and_data_but_not_comments(tmp_path):
     for inert in ("run.py", "README.md"):
         (tmp_path / inert).write_text("print(1)", "utf-8")
     assert digest("def f(x):\n    return x + 1\n") == base
+
+    alone = "from helpers.a import f"  # neither the data nor another module
+    first = digest("f = 1", notebook=alone)
+    assert digest("f = 1", data=b"2", notebook=alone) == first
+    through = digest("from .c import c as f", notebook=alone)
+    (tmp_path / "c.py").write_text("c = 2", "utf-8")
+    assert digest("from .c import c as f", notebook=alone) != through
+    assert notebook_tools.modules_of(small_notebook("import helpers\nhelpers.f(1)"), tmp_path) == ["a", "c"]
+    assert notebook_tools.modules_of(small_notebook("import torch"), tmp_path) == []
