@@ -1,0 +1,141 @@
+"""Before a long run on your own model: is it set up right (`check_setup`), and will it fit (`factor_bytes`)?"""
+
+import pandas as pd
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from .ekfac import fit_ekfac
+from .gradients import check_targets, token_gradients
+from .influence import influence
+from .layers import frozen, layer_shapes
+from .tasks import causal_lm, summed_loss, targets_per_example
+
+FEW = 4  # examples that are looked at
+STEP = 1e-3  # of the query's loss, that the finite difference moves it by
+
+
+def factor_bytes(model, layers):
+    """Bytes of EKFACFactors by layer, a pandas Series with "all" last; nothing is computed and no data are needed.
+
+    8 · (2 (d_in (+1))² + 2 d_out² + d_out · d_in (+1)) for A, Q_A, S, Q_S and Lambda in float64. The model may be on
+    the meta device: `with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)`. The fit keeps up to
+    2 × ekfac.KEEP_BYTES more. Raises ValueError for layers that the model lacks.
+    """
+    shapes = layer_shapes(model, layers)
+    size = {name: 8 * (2 * i * i + 2 * o * o + o * i) for name, (o, i) in shapes.items()}
+    return pd.Series(size | {"all": sum(size.values())}, name="bytes")
+
+
+def check_setup(model, batches, layers, task=causal_lm):
+    """A DataFrame (check, passed, found, wanted, if it fails): five minutes' worth of doubts about a set-up.
+
+    labels: the summed loss is the model's own mean loss times its number of targets (None where the model gives no
+    loss); one by one: the loss of an example does not depend on the others in its batch; pads: three more positions,
+    masked and with label -100, change nothing, and no position at an end is attended to without a target; gradient:
+    Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size: the step θ ± η P(∇L_m) along
+    the first example's preconditioned gradient changes its loss by ∓ η I(m, m). The first examples of the first batch
+    are used; the model comes back as it was. Raises as fit_ekfac does.
+    """
+    check_targets(batches, task, "batches")
+    batch = {key: value[:FEW] for key, value in batches[0].items()}
+    rtol = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-2  # bfloat16 and the like
+    rtol = 1e-6 if next(model.parameters()).dtype == torch.float64 else rtol
+    with frozen(model):
+        rows = [check(model, batch, task, rtol) for check in (_labels, _one_by_one, _pads)]
+        rows += [_gradient(model, batch, layers, task, rtol), *_step(model, batch, layers, task)]
+    return pd.DataFrame(rows, columns=["check", "passed", "found", "wanted", "if it fails"])
+
+
+def _loss(model, batch, task):
+    with torch.no_grad():
+        return float(summed_loss(*task(model, batch)).double())
+
+
+def _close(x, y, rtol):
+    return abs(x - y) <= rtol * max(abs(x), abs(y), 1e-30)
+
+
+def _labels(model, batch, task, rtol):
+    told = "the task shifts labels that the model shifts already (or none does), or counts pads as targets"
+    try:
+        with torch.no_grad():
+            mean = model(**batch).loss
+    except TypeError:
+        mean = None
+    if mean is None:
+        return "labels", None, "the model gives no loss of its own", "", told
+    found, n = _loss(model, batch, task), int(targets_per_example(task(model, batch)[1]).sum())
+    return "labels", _close(found, float(mean) * n, rtol), found, float(mean) * n, told
+
+
+def _one_by_one(model, batch, task, rtol):
+    size = len(next(iter(batch.values())))
+    alone = sum(_loss(model, {key: value[n:n + 1] for key, value in batch.items()}, task) for n in range(size))
+    found = _loss(model, batch, task)
+    return ("one by one", _close(found, alone, rtol), found, alone,
+            "something mixes examples (batch normalisation, a mean over the batch in the task, dropout left on)")
+
+
+def _pads(model, batch, task, rtol):
+    told = "give attention_mask = 0 and label -100 to every pad; the model must use the mask"
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if mask is None or labels.shape != mask.shape:
+        return "pads", None, "no labels along a token axis with a mask", "", told
+    last = (labels != -100).long().cumsum(1).argmax(1)  # the last target of every example
+    behind = (torch.arange(mask.shape[1], device=mask.device) > last[:, None]) & mask.bool()
+    if bool(behind.any()):
+        return "pads", False, f"{int(behind.sum())} positions behind the last target are attended to", 0, told
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    pad = lambda key, value: torch.nn.functional.pad(value, (0, 3), value=fill.get(key, 0))
+    longer = {key: pad(key, value) if value.shape == mask.shape else value for key, value in batch.items()}
+    found, wanted = _loss(model, longer, task), _loss(model, batch, task)
+    return "pads", _close(found, wanted, rtol), found, wanted, told
+
+
+def _gradient(model, batch, layers, task, rtol):
+    got, worst, name = token_gradients(model, batch, layers, task), -1.0, ""
+    weights = [list(model.get_submodule(layer).parameters()) for layer in layers]
+    with torch.enable_grad():
+        [p.requires_grad_(True) for part in weights for p in part]
+        found = iter(torch.autograd.grad(summed_loss(*task(model, batch)), [p for part in weights for p in part]))
+        [p.requires_grad_(False) for part in weights for p in part]
+    for layer, part in zip(layers, weights):
+        ours = (got.outputs[layer].transpose(1, 2) @ got.inputs[layer]).sum(0)
+        parts = [next(found) for _ in part]
+        turned = parts[0].T if isinstance(model.get_submodule(layer), Conv1D) else parts[0]
+        theirs = torch.cat([turned, *(bias[:, None] for bias in parts[1:])], 1)
+        error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+        worst, name = max((worst, name), (error, layer))
+    return ("gradient", worst <= rtol, f"relative error {worst:.1e} ({name})", 0,
+            "the layer is used in a way that its hooks do not see (called twice, tied, changed in place): leave it out")
+
+
+def _step(model, batch, layers, task):
+    one = {key: value[:1] for key, value in batch.items()}
+    factors = fit_ekfac(model, [batch], layers, task, progress=False)
+    score = float(influence(model, factors, [one], [one], task, progress=False))
+    told = ("a step along P(∇L) raises the loss: a sign or a transpose is wrong, or there is no gradient",
+            "the loss moves by another amount than −η I: parts of the gradient are missing, or the model is random")
+    if not score > 0:
+        return [("sign", False, f"I(m, m) = {score:g}", "above 0", told[0]), ("size", None, "", "", told[1])]
+    got, loss = token_gradients(model, one, layers, task), _loss(model, one, task)
+    step = factors.ihvp({layer: (got.outputs[layer].transpose(1, 2) @ got.inputs[layer])[0] for layer in layers})
+    eta, moved = STEP * loss / score, []
+    for sign in (-1, 1):
+        kept = {p: p.detach().clone() for layer in layers for p in model.get_submodule(layer).parameters()}
+        try:
+            for layer in layers:
+                _move(model.get_submodule(layer), sign * eta * step[layer])
+            moved.append(_loss(model, one, task))
+        finally:
+            [p.data.copy_(value) for p, value in kept.items()]
+    found, wanted = (moved[0] - moved[1]) / 2, -eta * score
+    return [("sign", found < 0, found, "below 0", told[0]),
+            ("size", abs(found - wanted) <= 0.02 * abs(wanted), found, wanted, told[1])]
+
+
+def _move(module, step):
+    weight = step[:, : step.shape[1] - (module.bias is not None)]
+    module.weight.data.add_((weight.T if isinstance(module, Conv1D) else weight).to(module.weight))
+    if module.bias is not None:
+        module.bias.data.add_(step[:, -1].to(module.bias))
