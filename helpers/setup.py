@@ -3,6 +3,7 @@
 import pandas as pd
 import torch
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .ekfac import fit_ekfac
 from .gradients import check_targets, token_gradients
@@ -57,11 +58,15 @@ def _close(x, y, rtol):
 
 def _labels(model, batch, task, rtol):
     told = "the task shifts labels that the model shifts already (or none does), or counts pads as targets"
+    level = logging.get_verbosity()
     try:
+        logging.set_verbosity_error()  # a model made from a configuration warns that it takes the usual loss
         with torch.no_grad():
             mean = model(**batch).loss
-    except TypeError:
+    except (TypeError, AttributeError):  # no model of transformers
         mean = None
+    finally:
+        logging.set_verbosity(level)
     if mean is None:
         return "labels", None, "the model gives no loss of its own", "", told
     found, n = _loss(model, batch, task), int(targets_per_example(task(model, batch)[1]).sum())
