@@ -1,7 +1,9 @@
 """`make soak`: fit and score, each killed (SIGKILL) ten times at random points, against runs that were not.
 
 Every other kill waits for a file that is just being written. Prints a line a kill, and raises where the factors or the
-scores differ from the uninterrupted run's by a single bit.
+scores differ from the uninterrupted run's by a single bit. `--csv` writes a row for each finished job: command, job,
+kills, seconds (all its runs together, each from the moment when it has its stories on), uninterrupted (seconds of the
+run that was not killed).
 """
 
 import argparse
@@ -12,6 +14,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--batch-size", "1", "--max-length", "96"]  # a block is 32 stories
@@ -37,9 +41,9 @@ def seconds(arguments):
 
 
 def kill(arguments, delay, writing):
-    """Whether the command could be killed after `delay` seconds, or then at the next write, before it was done."""
-    running, end = start(arguments), time.monotonic() + delay
-    while running.poll() is None and time.monotonic() < end:
+    """(whether the command could be killed after `delay` seconds, or then at the next write; its seconds)."""
+    running, began = start(arguments), time.monotonic()
+    while running.poll() is None and time.monotonic() < began + delay:
         time.sleep(0.001)
     while writing and running.poll() is None and not any(path.exists() for path in writing):
         pass  # a write takes a millisecond or so
@@ -47,28 +51,36 @@ def kill(arguments, delay, writing):
     running.communicate()
     if running.returncode not in (0, -9):
         raise RuntimeError(f"exit status {running.returncode} instead of a kill")
-    return running.returncode == -9
+    return running.returncode == -9, time.monotonic() - began
 
 
 def soak(make, folder, kills, draw, writing):
-    """Kills runs of make(folder / number) `kills` times; returns the folders of those that were finished, all.
+    """Kills runs of make(folder / number) `kills` times, finishes them all and returns {folder: row of the csv}.
 
     writing: the files aside which a kill of the second sort waits for; a job that is complete is followed by a new one.
     """
-    whole, done, jobs = seconds(make(folder / "whole")), 0, [folder / "0"]
+    whole, done, jobs = seconds(make(folder / "whole")), 0, {}
     print(f"{make.__name__}: {whole:.1f} s uninterrupted", flush=True)
+
+    def another():
+        job = folder / str(len(jobs))
+        jobs[job] = {"command": make.__name__, "job": len(jobs), "kills": 0, "seconds": 0.0, "uninterrupted": whole}
+        return job
+
+    job = another()
     while done < kills:
-        wait = [jobs[-1] / name for name in writing] if done % 2 else []
+        wait = [job / name for name in writing] if done % 2 else []
         delay = draw.uniform(0, whole / 3)
-        if not kill(make(jobs[-1]), delay, wait):
-            jobs.append(folder / str(len(jobs)))
+        killed, took = kill(make(job), delay, wait)
+        jobs[job]["seconds"] += took
+        if not killed:
+            job = another()
             continue
-        done += 1
-        left = sorted(path.name for path in jobs[-1].rglob("*.partial")) if jobs[-1].exists() else []
-        print(f"  kill {done:2d} in job {len(jobs) - 1} at {delay:4.1f} s{' or a write' if wait else ''}; "
+        done, jobs[job]["kills"] = done + 1, jobs[job]["kills"] + 1
+        left = sorted(path.name for path in job.rglob("*.partial")) if job.exists() else []
+        print(f"  kill {done:2d} in job {jobs[job]['job']} at {delay:4.1f} s{' or a write' if wait else ''}; "
               f"half-written: {', '.join(left) or 'nothing'}", flush=True)  # fmt: skip
-    for job in jobs:
-        seconds(make(job))
+    jobs[job]["seconds"] += seconds(make(job))
     return jobs
 
 
@@ -77,7 +89,8 @@ def main():
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--limit", type=int, default=1000, help="stories: %(default)s")
     p.add_argument("--seed", type=int, default=0)
-    args, (folder,) = p.parse_args(), [Path(tempfile.mkdtemp())]
+    p.add_argument("--csv", help="a file for the table")
+    args, folder, rows = p.parse_args(), Path(tempfile.mkdtemp()), []
     draw, small = random.Random(args.seed), ["--limit", str(args.limit), *SMALL]
 
     def fit(job):
@@ -93,7 +106,10 @@ def main():
         for job in jobs:
             if (job / result).read_bytes() != (folder / make.__name__ / "whole" / result).read_bytes():
                 raise AssertionError(f"{job / result} differs from the uninterrupted run's")
+        rows += jobs.values()
         print(f"{make.__name__}: {args.kills // 2} kills, {len(jobs)} jobs, all as if uninterrupted", flush=True)
+    if args.csv:
+        pd.DataFrame(rows).round(1).to_csv(args.csv, index=False)
 
 
 if __name__ == "__main__":
