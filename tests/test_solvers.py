@@ -169,6 +169,25 @@ def test_lissa_with_batches_goes_to_the_answer_of_the_mean():
     assert solution.residuals.shape == (60, 400)
 
 
+def test_the_noise_floor_falls_with_repeats_and_scale_and_not_with_depth():
+    v = vectors(3)
+    truth = dense(EXAMPLES.mean(0), v)
+
+    def floor(scale, depth, repeats):  # root mean square error of an average of `repeats` runs, over 8 such
+        errors = [lissa(draw, v, DAMPING, scale, depth, repeats, seed=1000 * s).x - truth for s in range(8)]
+        return float(torch.stack(errors).norm() / truth.norm() / 8**0.5)
+
+    base = floor(8.0, 400, 1)
+    assert 0.7 < floor(8.0, 800, 1) / base < 1.4, "more steps leave the floor where it is"
+    assert 0.15 < floor(8.0, 400, 16) / base < 0.4, "16 runs: a quarter"
+    assert floor(32.0, 1600, 1) < 0.75 * base, "a larger scale, with as many more steps, lowers it"
+    A = EXAMPLES.mean(0) + DAMPING * torch.eye(3, dtype=v.dtype)
+    series = truth - torch.linalg.matrix_power(torch.eye(3, dtype=v.dtype) - A / 8.0, 21) @ truth
+    runs = torch.stack([lissa(draw, v, DAMPING, 8.0, 20, 30, seed=1000 * s).x for s in range(12)])
+    assert ((runs.mean(0) - series).abs() < 4 * runs.std(0) / 12**0.5).all(), "the mean is the full-batch series"
+    assert not ((runs.mean(0) - truth).abs() < 4 * runs.std(0) / 12**0.5).all(), "and not to the answer: that is bias"
+
+
 def test_the_seed_decides_the_draws_and_torchs_generator_is_put_back():
     v = vectors(3)
     one_argument = lambda u: EXAMPLES[torch.randint(len(EXAMPLES), ())] @ u
