@@ -230,6 +230,13 @@ def test_lissa_of_single_examples_names_the_scale_of_the_largest():
     lissa(draw, v, DAMPING, named, depth=500)
 
 
+@pytest.mark.parametrize("depth", [20, 50])
+def test_lissa_does_not_take_a_noise_floor_for_divergence(depth):
+    """At depths that split into few steps, one run on single examples: its steps are as large late as at the end."""
+    for seed in range(40):
+        lissa(draw, vectors(3), DAMPING, 8.0, depth, seed=seed)
+
+
 @pytest.mark.parametrize("scale, depth", [(3.0, 300), (40.0, 500)], ids=["runs away", "grows slowly"])
 def test_lissa_names_a_damping_where_h_is_indefinite(scale, depth):
     v = vectors(P)
