@@ -43,9 +43,11 @@ def fit(x, y, weights, start=None):
         value.backward()
         return value
 
-    optimizer.step(closure)
+    for _ in range(3):  # it stops where a line search gains nothing in rounding; with its memory cleared it goes on
+        optimizer.step(closure)
+        optimizer.state.clear()
     closure()
-    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm() < 1e-7
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm() < 1e-8
     return model
 
 

@@ -41,7 +41,7 @@ class Case:
     dtype: torch.dtype
     bias: bool
     heads: int
-    width: int  # of a head
+    width: int  # of a head; 4 at least: a layer norm of two numbers is their sign, which no gradient describes
     depth: int
     inner: int
     vocabulary: int
