@@ -100,7 +100,8 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
     keyed by `seed`; "true" takes the labels of the batch (empirical Fisher, another matrix). checkpoint: a folder for
     the running sums; the same call after a kill goes on from there and ends with the same numbers. Where
     torch.distributed is at work, `batches` are this rank's share, and every rank gets the factors of all. The model
-    comes back as it was. Raises ValueError for unknown layers or labels, empty batches, sequences without a target,
+    comes back as it was; parameters that require no gradients count all the same. Raises ValueError for unknown layers
+    or labels, a task that returns anything but outputs and targets, empty batches, sequences without a target,
     gradients that are not finite (which layer, which batch), and a checkpoint that is damaged or of another job.
     """
     if labels not in ("sampled", "true"):

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vjp, vmap
 
 from .gradients import check_targets
 from .layers import eager_attention, frozen
-from .tasks import IGNORED, summed_loss
+from .tasks import IGNORED, asked, summed_loss
 
 NUMBERS = 1 << 22  # in one block of per-example derivatives
 VECTORS = 32  # that go back through the model at once
@@ -116,28 +116,13 @@ class _Loss(torch.nn.Module):
         self.model, self.task = model, task
 
     def forward(self, batch):
-        given = self.task(self.model, batch)
-        _check_task(given, len(next(iter(batch.values()))))
-        return given
+        return asked(self.task, self.model, batch)
 
     def outputs(self, theta, batch):
         return functional_call(self, theta, (batch,))
 
     def summed(self, theta, batch):
         return summed_loss(*self.outputs(theta, batch))
-
-
-def _check_task(given, n):
-    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, torch.Tensor) for x in given)):
-        kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
-        raise ValueError(f"task: it returned {kind}; it must return (outputs [..., C], targets [...]), of which "
-                         "the loss is formed here: cross-entropy for integers, ½‖y − f‖² for floats")
-    outputs, targets = given
-    wanted = outputs.shape if targets.is_floating_point() else outputs.shape[:-1]
-    if targets.shape != wanted or outputs.dim() < 2 or len(outputs) != n:
-        raise ValueError(f"task: outputs {tuple(outputs.shape)} and {targets.dtype} targets {tuple(targets.shape)} do "
-                         f"not match for {n} examples: outputs are [examples, ..., C], integer targets lack the last "
-                         "axis, floating ones have the same shape")
 
 
 @contextmanager

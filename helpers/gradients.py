@@ -6,7 +6,7 @@ import torch
 
 from .head import head_gradient
 from .layers import capture
-from .tasks import IGNORED, causal_lm, draw_targets, keyed_uniforms, summed_loss, targets_per_example
+from .tasks import IGNORED, asked, causal_lm, draw_targets, keyed_uniforms, summed_loss, targets_per_example
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def token_gradients(model, batch, layers, task, seed=None, fast=False, hidden=No
         if fast:
             top, upstream, hidden = _head_upstream(model, batch, seed, hidden)
         else:
-            outputs, targets = task(model, batch)
+            outputs, targets = asked(task, model, batch)
             if seed is not None:
                 targets = draw_targets(outputs, targets, keyed_uniforms(batch, targets, seed))
             top, upstream = summed_loss(outputs, targets), None

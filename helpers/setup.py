@@ -9,7 +9,7 @@ from .ekfac import fit_ekfac
 from .gradients import check_targets, token_gradients
 from .influence import influence
 from .layers import frozen, layer_shapes
-from .tasks import causal_lm, summed_loss, targets_per_example
+from .tasks import asked, causal_lm, summed_loss, targets_per_example
 
 FEW = 4  # examples that are looked at
 STEP = 1e-3  # of the query's loss, that the finite difference moves it by
@@ -49,7 +49,7 @@ def check_setup(model, batches, layers, task=causal_lm):
 
 def _loss(model, batch, task):
     with torch.no_grad():
-        return float(summed_loss(*task(model, batch)).double())
+        return float(summed_loss(*asked(task, model, batch)).double())
 
 
 def _close(x, y, rtol):
@@ -69,7 +69,7 @@ def _labels(model, batch, task, rtol):
         logging.set_verbosity(level)
     if mean is None:
         return "labels", None, "the model gives no loss of its own", "", told
-    found, n = _loss(model, batch, task), int(targets_per_example(task(model, batch)[1]).sum())
+    found, n = _loss(model, batch, task), int(targets_per_example(asked(task, model, batch)[1]).sum())
     return "labels", _close(found, float(mean) * n, rtol), found, float(mean) * n, told
 
 
@@ -102,7 +102,8 @@ def _gradient(model, batch, layers, task, rtol):
     weights = [list(model.get_submodule(layer).parameters()) for layer in layers]
     with torch.enable_grad():
         [p.requires_grad_(True) for part in weights for p in part]
-        found = iter(torch.autograd.grad(summed_loss(*task(model, batch)), [p for part in weights for p in part]))
+        loss = summed_loss(*asked(task, model, batch))
+        found = iter(torch.autograd.grad(loss, [p for part in weights for p in part]))
         [p.requires_grad_(False) for part in weights for p in part]
     for layer, part in zip(layers, weights):
         ours = (got.outputs[layer].transpose(1, 2) @ got.inputs[layer]).sum(0)

@@ -35,6 +35,22 @@ def _outputs(model, batch):
     return getattr(out, "logits", out)
 
 
+def asked(task, model, batch):
+    """(outputs, targets) of `task`; raises ValueError where it returns anything else, or shapes that do not match."""
+    given, n = task(model, batch), len(next(iter(batch.values())))
+    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, torch.Tensor) for x in given)):
+        kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"task: it returned {kind}; it must return (outputs [..., C], targets [...]), of which "
+                         "the loss is formed here: cross-entropy for integers, ½‖y − f‖² for floats")
+    outputs, targets = given
+    wanted = outputs.shape if targets.is_floating_point() else outputs.shape[:-1]
+    if targets.shape != wanted or outputs.dim() < 2 or len(outputs) != n:
+        raise ValueError(f"task: outputs {tuple(outputs.shape)} and {targets.dtype} targets {tuple(targets.shape)} do "
+                         f"not match for {n} examples: outputs are [examples, ..., C], integer targets lack the last "
+                         "axis, floating ones have the same shape")
+    return outputs, targets
+
+
 def summed_loss(outputs, targets):
     """Loss summed over examples and unmasked targets, in nats: cross-entropy, or ½‖y − f‖² for floating targets."""
     if targets.is_floating_point():

@@ -9,6 +9,7 @@ import torch
 from helpers import (
     __main__,
     causal_lm,
+    check_setup,
     classification,
     fit_ekfac,
     hessian,
@@ -39,6 +40,37 @@ def test_an_output_that_is_changed_in_place():
     task = lambda model, batch: (model(batch["inputs"]), batch["labels"])
     with pytest.raises(ValueError, match="output of 'second' is changed in place after it .*make that .* out of place"):
         fit_ekfac(Bend(), [batch], ["first", "second"], task=task, **QUIET)
+
+
+@pytest.mark.parametrize("task, told", [
+    (lambda model, batch: model(batch["x"]).square().sum(1), "it returned a tensor of shape .*; it must return"),
+    (lambda model, batch: None, "it returned NoneType"),
+    (lambda model, batch: (model(batch["x"]), batch["y"][:, 0]), r"outputs ..*, 2. and .*float32 targets .* do not"),
+    (lambda model, batch: (model(batch["x"])[:3], batch["y"][:3]), r"do not match for . examples"),
+])
+def test_a_task_that_does_not_return_outputs_and_targets(task, told):
+    torch.manual_seed(0)
+    model, good = torch.nn.Sequential(torch.nn.Linear(3, 2)), lambda model, batch: (model(batch["x"]), batch["y"])
+    batch = {"x": torch.randn(4, 3), "y": torch.randn(4, 2)}
+    factors = fit_ekfac(model, [batch], ["0"], task=good, **QUIET)
+    for call in (lambda: fit_ekfac(model, [batch], ["0"], task=task, **QUIET), lambda: hessian(model, batch, task),
+                 lambda: influence(model, factors, [batch], [batch], task=task, **QUIET),
+                 lambda: self_influence(model, factors, [batch], task=task, **QUIET),
+                 lambda: check_setup(model, [batch], ["0"], task)):
+        with pytest.raises(ValueError, match=f"task: .*{told}"):
+            call()
+
+
+def test_layers_that_are_frozen_take_part_and_stay_frozen():
+    """Influence is a derivative at the weights, whether or not a user would train them."""
+    torch.manual_seed(0)
+    model = tiny.gpt2()
+    layers, batches = linear_layers(model, "mlp"), tiny.batches(tiny.stories(6), 2)
+    wanted = influence(model, fit_ekfac(model, batches, layers, **QUIET), batches[:1], batches, **QUIET)
+    model.requires_grad_(False)
+    found = influence(model, fit_ekfac(model, batches, layers, **QUIET), batches[:1], batches, **QUIET)
+    assert torch.equal(found, wanted) and float(found.abs().max()) > 0
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_lissa_that_grows_slowly_is_told_from_one_that_settles():
