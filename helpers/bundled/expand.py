@@ -10,7 +10,7 @@ CHOICE = re.compile(r"\[([^\[\]]*)\]")
 REFERENCE = re.compile(r"@([a-z_]+(?:\.[a-z]+)?)|\{([A-Za-z._]+)\}")
 
 
-def read_grammar(names=("words", "common", "plots_a", "plots_b", "facts")):
+def read_grammar(names=("words", "common", "plots", "facts")):
     """Rules by name, each a list of alternatives; `name = a | b` on one line, or `== name` and a line for each."""
     rules, current = {}, None
     for name in names:

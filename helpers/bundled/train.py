@@ -19,8 +19,8 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFas
 HERE = Path(__file__).parent
 BOS, PAD = "<|endoftext|>", "<|pad|>"  # tokens 0 and 1
 PAD_ID = 1
-VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2600, 64, 4, 4, 256
-BATCH, RATE, WARMUP = 16, 5e-3, 200
+VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2400, 96, 4, 6, 256
+BATCH, RATE, WARMUP = 16, 4e-3, 200
 
 
 def read(name):
@@ -212,7 +212,7 @@ def train(rank, processes, seed, passes, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--passes", type=int, default=14)
+    parser.add_argument("--passes", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/training"))
     args = parser.parse_args()
