@@ -21,6 +21,7 @@ from helpers.bundled import train as t
 
 COMPARED = 3000  # stories of each corpus in the nearest-neighbour comparison
 WORDS = 400_000  # words of each corpus in the 4-gram comparison
+SAMPLES, SHOWN, TEMPERATURE = 80, 10, 0.5  # stories that the model writes; those of them that README.md shows
 
 
 def words(text):
@@ -121,12 +122,19 @@ def tfidf_table(texts, facts):
     return table
 
 
-def samples(model, tokenizer, n=10):
-    """Stories that the model writes after a short opening, at temperature 0.5."""
+def new_share(texts, known):
+    """Share of the 4-grams of `texts` that are in none of the texts `known`."""
+    seen = {gram for text in known for gram in four_grams(text)}
+    grams = [gram for text in texts for gram in four_grams(text)]
+    return sum(gram not in seen for gram in grams) / len(grams)
+
+
+def samples(model, tokenizer, n=SAMPLES):
+    """Stories that the model writes after a short opening."""
     torch.manual_seed(0)
     ids = tokenizer("Once upon a time, there was a", return_tensors="pt")
-    rows = model.generate(**ids, max_length=240, do_sample=True, temperature=0.5, top_k=0, num_return_sequences=n,
-                          pad_token_id=tokenizer.pad_token_id)
+    rows = model.generate(**ids, max_length=240, do_sample=True, temperature=TEMPERATURE, top_k=0,
+                          num_return_sequences=n, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
@@ -184,10 +192,13 @@ def measure(real):
         facts[row["fact"]].append(row)
     tfidf = [(name, *(f"{found[k]:.2f}" for k in ("literal", "paraphrased", "both"))) for name, found in
              tfidf_table(train, facts)]
+    told, unseen = samples(models[0][1], tokenizer), new_share(held_out, train)
     parts = ["### The text", text, "### Losses (nats a token)", losses_section(models, tokenizer, train, held_out),
              "### Facts", *(f"`{name}`\n\n{facts_section(model, tokenizer)}" for name, model in models),
              "### Finding the tellings by words", table(("average precision", "literal", "paraphrased", "both"), tfidf),
-             "### Ten samples", *("> " + s.replace("\n", "\n> ") for s in samples(models[0][1], tokenizer))]
+             "### Ten samples", f"At temperature {TEMPERATURE}, the first {SHOWN} of {SAMPLES}. Of the 4-grams of all "
+             f"{SAMPLES}, {new_share(told, train):.1%} are in no training story; of held-out stories' {unseen:.1%}.",
+             *("> " + story.replace("\n", "\n> ") for story in told[:SHOWN])]
     return "\n\n".join(parts)
 
 
