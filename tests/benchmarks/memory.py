@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = [("score", "sequence", 1000, 1), ("score", "sequence", 3000, 1), ("score", "sequence", 10000, 1),
         ("score", "sequence", 30000, 1), ("score", "token", 1000, 1), ("score", "token", 30000, 1),
         ("in memory", "sequence", 1000, 1), ("in memory", "sequence", 30000, 1), ("in memory", "token", 1000, 1),
-        ("in memory", "token", 30000, 1), ("fit", "", 10000, 1), ("fit", "", 10000, 2), ("score", "sequence", 10000, 2)]
+        ("in memory", "token", 30000, 1), ("fit", "", 1000, 1), ("fit", "", 10000, 1), ("fit", "", 30000, 1),
+        ("fit", "", 10000, 2), ("score", "sequence", 10000, 2)]
 MAX_LENGTH = 32  # tokens of a story, so that 30,000 of them take minutes
 LAYERS = r"h\.3\.mlp"
 PAIRS = [("One day, Lily went to the", " park."), ("Tom was sad because his", " toy was lost."),
