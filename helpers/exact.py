@@ -12,8 +12,9 @@ from math import prod
 import torch
 from torch.func import functional_call, grad, vjp, vmap
 
+from .attention import eager_attention
 from .gradients import check_targets
-from .layers import eager_attention, frozen
+from .layers import frozen
 from .tasks import IGNORED, asked, summed_loss
 
 NUMBERS = 1 << 22  # in one block of per-example derivatives

@@ -1,9 +1,11 @@
 """Per-token gradients of every linear layer, one batch at a time: what the factors and the scores are both made of."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from .attention import block_attention
 from .head import head_gradient
 from .layers import capture
 from .tasks import IGNORED, asked, causal_lm, draw_targets, keyed_uniforms, summed_loss, targets_per_example
@@ -23,14 +25,15 @@ class TokenGradients:
     hidden: torch.Tensor | None = None
 
 
-def token_gradients(model, batch, layers, task, seed=None, fast=False, hidden=None):
+def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None):
     """TokenGradients of the summed loss of `batch`; with a seed, of labels drawn from the model's own predictions.
 
-    `fast`: the closed form for the output head (see `has_fast_head`), with `hidden` of an earlier pass if at hand.
-    The model must be `frozen`. Raises ValueError for a layer that the loss does not depend on.
+    `fast`: what `fast_paths` found to hold; for the head, `hidden` of an earlier pass is used if at hand. The model
+    must be `frozen`. Raises ValueError for a layer that the loss does not depend on.
     """
-    with torch.enable_grad(), capture(model, layers) as taken:
-        if fast:
+    attention = block_attention(model) if "attention" in fast else nullcontext()
+    with torch.enable_grad(), attention, capture(model, layers) as taken:
+        if "head" in fast:
             top, upstream, hidden = _head_upstream(model, batch, seed, hidden)
         else:
             outputs, targets = asked(task, model, batch)
@@ -85,22 +88,30 @@ def _one_layer(model, batch, name, a, grad):
     return a.masked_fill(pads, 0), grad.masked_fill(pads, 0), real
 
 
-def has_fast_head(model, batch, layers, task):
-    """Whether the closed form for the output head gives, on two examples of `batch`, the Ds that autograd gives.
+def fast_paths(model, batch, layers, task):
+    """Which of "head" and "attention" give, on two examples of `batch`, the Ds that autograd gives the general way.
 
-    False for another task, a studied head, a model without `get_output_embeddings`, and wherever scaling, a soft-cap
-    or anything else stands between the hidden state and the logits: those go the general way.
+    "head": the closed form for the output head; not for another task, a studied head, a model without
+    `get_output_embeddings`, or where scaling, a soft-cap or anything else stands between the hidden state and the
+    logits. "attention": in blocks (`block_attention`).
     """
+    batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
+    slow = token_gradients(model, batch, layers, task).outputs
+    rtol = min(1000 * torch.finfo(next(iter(slow.values())).dtype).eps, 0.05)
+    known = ["head"] * known_head(model, layers, task) + ["attention"]
+    for paths in (known, *([path] for path in known if len(known) > 1)):
+        fast = token_gradients(model, batch, layers, task, fast=paths).outputs
+        if all((slow[name] - fast[name]).norm() <= rtol * slow[name].norm() for name in layers):
+            return paths
+    return []
+
+
+def known_head(model, layers, task):
+    """Whether the logits seem to be a linear layer of `base_model`'s output, one that is not studied."""
     head = model.get_output_embeddings() if task is causal_lm and hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, torch.nn.Linear) or any(model.get_submodule(name) is head for name in layers):
         return False
-    if not hasattr(model, "base_model") or model.base_model is model:
-        return False
-    batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
-    slow = token_gradients(model, batch, layers, task).outputs
-    fast = token_gradients(model, batch, layers, task, fast=True).outputs
-    rtol = 1000 * torch.finfo(next(iter(slow.values())).dtype).eps
-    return all((slow[name] - fast[name]).norm() <= rtol * slow[name].norm() for name in layers)
+    return hasattr(model, "base_model") and model.base_model is not model
 
 
 def check_targets(batches, task, argument, digest=None):

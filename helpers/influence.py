@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import digest_of, job_of
 from .ekfac import fingerprint, rotated_gradients
-from .gradients import by_length, check_targets, finite, has_fast_head, token_gradients
+from .gradients import by_length, check_targets, fast_paths, finite, token_gradients
 from .layers import frozen, layer_shapes
 from .output_tokens import output_token_scores
 from .streaming import stream_scores
@@ -94,7 +94,7 @@ def sequence_gradients(model, batches, layers, task=causal_lm):
     order = torch.cat([rows for rows, _ in groups]).argsort()
     parts = {name: [] for name in layers}
     with frozen(model):
-        fast = has_fast_head(model, groups[0][1], layers, task)
+        fast = fast_paths(model, groups[0][1], layers, task)
         for rows, batch in groups:
             got = token_gradients(model, batch, layers, task, fast=fast)
             for name in layers:
@@ -126,7 +126,7 @@ def _token_scores(a, ds, V):
 def collect(model, train, directions, task, score, by_layer, progress):
     """Scores of every training batch, in the order given: [query, train (, seq)], with a first axis where by_layer."""
     groups, layers = by_length(train), list(directions)
-    fast = has_fast_head(model, groups[0][1], layers, task)
+    fast = fast_paths(model, groups[0][1], layers, task)
     n, out = sum(len(rows) for rows, _ in groups), None
     for rows, batch in tqdm(groups, "influence", disable=not progress):
         got = token_gradients(model, batch, layers, task, fast=fast)
@@ -153,7 +153,7 @@ def self_influence(model, factors, train, task=causal_lm, damping=None, progress
     scale = {name: factors.damped(name, damping).rsqrt() for name in layers}
     scores = torch.zeros(sum(len(rows) for rows, _ in groups), dtype=torch.float64)
     with frozen(model):
-        fast = has_fast_head(model, groups[0][1], layers, task)
+        fast = fast_paths(model, groups[0][1], layers, task)
         for rows, batch in tqdm(groups, "self-influence", disable=not progress):
             got = token_gradients(model, batch, layers, task, fast=fast)
             for name in layers:

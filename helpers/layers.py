@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -96,22 +95,3 @@ def capture(model, layers):
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def eager_attention(model):
-    """Inside, attention is made of plain operations, which forward-mode AD can differentiate; afterwards as it was.
-
-    transformers' models are switched to "eager"; a module that calls PyTorch's attention itself gets its plain kernel.
-    """
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()
-              if getattr(config, "_attn_implementation", None)]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for config, name in before:  # outer configurations first: setting one sets those inside it
-            config._attn_implementation = name

@@ -6,9 +6,9 @@ from torch.func import functional_call, jvp, vmap
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .gradients import by_length, has_fast_head
+from .attention import eager_attention
+from .gradients import by_length, fast_paths, known_head
 from .head import head_gradient
-from .layers import eager_attention
 from .tasks import IGNORED, summed_loss
 
 IN_FLIGHT = 1 << 19  # examples × queries × T² in one forward pass: attention's matrices then stay in the cache
@@ -24,7 +24,8 @@ def output_token_scores(model, train, directions, task, progress=True):
     """
     weights, tangents = _studied(model, directions)
     groups = [piece for group in by_length(train) for piece in _pieces(*group, tangents)]
-    fast = has_fast_head(model, groups[0][1], list(directions), task)
+    layers = list(directions)
+    fast = known_head(model, layers, task) and "head" in fast_paths(model, groups[0][1], layers, task)
     parts, order = [], torch.cat([rows for rows, _ in groups]).argsort()
     with eager_attention(model), torch.no_grad():
         for rows, batch in tqdm(groups, "influence", disable=not progress):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .gradients import by_length, finite, has_fast_head, token_gradients
+from .gradients import by_length, fast_paths, finite, token_gradients
 
 CHUNK = 1 << 23  # numbers held in one block of per-token gradients
 
@@ -51,7 +51,7 @@ def _rotated_tokens(model, factors, batches, task, progress):
     The rotation is float64: small coordinates, which the division enlarges, keep their digits.
     """
     groups, layers = by_length(batches), list(factors.A)
-    fast = has_fast_head(model, groups[0][1], layers, task)
+    fast = fast_paths(model, groups[0][1], layers, task)
     for rows, batch in tqdm(groups, "influence", disable=not progress):
         got, out = token_gradients(model, batch, layers, task, fast=fast), {}
         for name in layers:

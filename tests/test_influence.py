@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from helpers import causal_lm, fit_ekfac, influence, linear_layers, self_influence, top_k
-from helpers.gradients import has_fast_head, token_gradients
+from helpers.gradients import fast_paths, token_gradients
 from helpers.influence import sequence_gradients
 from helpers.layers import frozen
 
@@ -176,7 +176,7 @@ def test_the_fast_head_is_taken_only_where_it_is_right(change):
         head.register_forward_hook(lambda module, inputs, output: bend(output))
     layers, train = linear_layers(model, "mlp"), tiny.batches(EXAMPLES)
     with frozen(model):
-        assert has_fast_head(model, train[0], layers, causal_lm) == (change in ("plain", "bias"))
+        assert ("head" in fast_paths(model, train[0], layers, causal_lm)) == (change in ("plain", "bias"))
     general = lambda model, batch: causal_lm(model, batch)  # not causal_lm itself, so autograd all the way
     fast, slow = (fit_ekfac(model, train, layers, task=task, **QUIET) for task in (causal_lm, general))
     for name in layers:
@@ -191,7 +191,7 @@ def test_a_pattern_that_matches_the_head_goes_the_general_way():
     model = tiny.llama()
     layers = linear_layers(model, "lm_head|mlp")
     with frozen(model):
-        assert not has_fast_head(model, tiny.batches(EXAMPLES)[0], layers, causal_lm)
+        assert "head" not in fast_paths(model, tiny.batches(EXAMPLES)[0], layers, causal_lm)
     ours = sequence_gradients(model, tiny.batches(EXAMPLES), layers)
     expected = autograd_gradients(model, layers, EXAMPLES)
     assert torch.allclose(ours["lm_head"], expected["lm_head"], rtol=1e-10, atol=1e-12)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from helpers import causal_lm, fit_ekfac, influence, linear_layers, output_tokens, token_pairs
+from helpers.attention import eager_attention
 from helpers.gradients import token_gradients
 from helpers.influence import sequence_gradients
-from helpers.layers import eager_attention, frozen
+from helpers.layers import frozen
 
 QUIET = {"progress": False}
 EXAMPLES = tiny.stories(7, prompt=2)
@@ -204,9 +205,11 @@ def test_the_model_is_eager_inside_and_comes_back_also_after_an_exception(fitted
             raise KeyError("the task's own mistake")
         return causal_lm(model, batch)
 
-    for stop in (0, 4):  # the call after those for the queries and for the choice of the head runs inside
-        seen.clear()
-        if stop:
+    stop = 0
+    for again in (False, True):
+        if again:  # at the first call that runs inside
+            stop = 1 + seen.index(("eager", False))
+            seen.clear()
             with pytest.raises(KeyError, match="own mistake"):
                 influence(model, factors, ASKED, TRAIN, task, per="output_token", **QUIET)
         else:
