@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .gradients import check_targets
+from .gradients import check_targets, fastest_gradients
 from .influence import check_factors, collect, sequence_gradients, sequence_scores
 from .layers import frozen
 from .tasks import causal_lm
@@ -31,7 +31,7 @@ def damping_sweep(model, factors, queries, train, dampings, relative=True, task=
         gradients = sequence_gradients(model, queries, layers, task)
         directions = {name: torch.cat([_direction(factors, name, gradients[name], damping, relative)
                                        for damping in dampings]) for name in layers}
-        scores = collect(model, train, directions, task, sequence_scores, True, progress)
+        scores = collect(fastest_gradients(model, layers, task), train, directions, sequence_scores, True, progress)
     scores = scores.unflatten(1, (len(dampings), -1)).transpose(0, 1)
     return _tidy(torch.cat([scores, scores.sum(1, keepdim=True)], 1).cpu().numpy(), dampings, [*layers, "all"])
 

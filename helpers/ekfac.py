@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoint import Checkpoint, accumulate, digest_of, job_of, replace, sums
-from .gradients import TokenGradients, by_length, check_targets, fast_paths, finite, token_gradients
+from .gradients import TokenGradients, check_targets, fastest_gradients, finite
 from .layers import frozen, layer_shapes
 from .ranks import add_up, eigenvectors
 from .tasks import causal_lm
@@ -112,9 +112,7 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
         values = {"layers": list(layers), "labels": labels, "seed": str(seed) if labels == "sampled" else None}
         checkpoint = Checkpoint(Path(checkpoint), job_of(model, task, data, values))
     with frozen(model):
-        fast = fast_paths(model, by_length(batches[:1])[0][1], layers, task)
-        gradients = partial(token_gradients, model, layers=layers, task=task, fast=fast,
-                            seed=seed if labels == "sampled" else None)
+        gradients = partial(fastest_gradients(model, layers, task), seed=seed if labels == "sampled" else None)
         fold = partial(accumulate, batches, examples, checkpoint=checkpoint, progress=progress)
         total, kept = _second_moments(shapes, gradients, fold, model.get_submodule(layers[0]).weight.device)
         n, counts = int(total["n"]), {name: int(total["count", name]) for name in layers}

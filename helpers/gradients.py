@@ -47,6 +47,18 @@ def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None)
     return TokenGradients(*({name: value[i] for name, value in read.items()} for i in range(3)), hidden)
 
 
+def fastest_gradients(model, layers, task):
+    """gradients(batch, seed=None, hidden=None): `token_gradients` by the `fast_paths` of the first batch it gets."""
+    fast = None
+
+    def gradients(batch, seed=None, hidden=None):
+        nonlocal fast
+        fast = fast_paths(model, batch, layers, task) if fast is None else fast
+        return token_gradients(model, batch, layers, task, seed, fast, hidden)
+
+    return gradients
+
+
 def _head_upstream(model, batch, seed, hidden):
     """The last hidden state h [B, T, d], ∂L/∂h of the same shape, and its rows with a target [n, d]."""
     h = model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)[0]

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import digest_of, job_of
 from .ekfac import fingerprint, rotated_gradients
-from .gradients import by_length, check_targets, fast_paths, finite, token_gradients
+from .gradients import by_length, check_targets, fastest_gradients, finite
 from .layers import frozen, layer_shapes
 from .output_tokens import output_token_scores
 from .streaming import stream_scores
@@ -68,8 +68,9 @@ def _scorer(model, factors, queries, task, damping, rank, per):
         directions = {name: truncate(value, rank) for name, value in directions.items()}
     if per == "output_token":
         return lambda train, progress: output_token_scores(model, train, directions, task, progress)
+    gradients = fastest_gradients(model, list(factors.A), task)
     score = _token_scores if per in ("token", ("layer", "token")) else sequence_scores
-    return lambda train, progress: collect(model, train, directions, task, score, "layer" in per, progress)
+    return lambda train, progress: collect(gradients, train, directions, score, "layer" in per, progress)
 
 
 def check_factors(model, factors):
@@ -92,11 +93,10 @@ def sequence_gradients(model, batches, layers, task=causal_lm):
     """{layer: [example, d_out, d_in (+1)]}: gradients of each example's summed loss, in the order given."""
     groups = by_length(batches)
     order = torch.cat([rows for rows, _ in groups]).argsort()
-    parts = {name: [] for name in layers}
+    gradients, parts = fastest_gradients(model, layers, task), {name: [] for name in layers}
     with frozen(model):
-        fast = fast_paths(model, groups[0][1], layers, task)
         for rows, batch in groups:
-            got = token_gradients(model, batch, layers, task, fast=fast)
+            got = gradients(batch)
             for name in layers:
                 parts[name].append(finite(got.outputs[name].transpose(1, 2) @ got.inputs[name], name, rows))
     return {name: torch.cat(value)[order] for name, value in parts.items()}
@@ -123,13 +123,15 @@ def _token_scores(a, ds, V):
     return torch.stack([(a @ v.T).mul_(ds).sum(2) for v in V])
 
 
-def collect(model, train, directions, task, score, by_layer, progress):
-    """Scores of every training batch, in the order given: [query, train (, seq)], with a first axis where by_layer."""
+def collect(gradients, train, directions, score, by_layer, progress):
+    """Scores of every training batch, in the order given: [query, train (, seq)], with a first axis where by_layer.
+
+    gradients: of the `fastest_gradients` for the layers of `directions`; score: `sequence_scores`, for instance.
+    """
     groups, layers = by_length(train), list(directions)
-    fast = fast_paths(model, groups[0][1], layers, task)
     n, out = sum(len(rows) for rows, _ in groups), None
     for rows, batch in tqdm(groups, "influence", disable=not progress):
-        got = token_gradients(model, batch, layers, task, fast=fast)
+        got = gradients(batch)
         for number, name in enumerate(layers):
             value = finite(score(got.inputs[name], got.outputs[name], directions[name]), name, rows)
             value = value if value.dim() == 3 else value[..., None]
@@ -152,10 +154,10 @@ def self_influence(model, factors, train, task=causal_lm, damping=None, progress
     groups, layers = by_length(train), list(factors.A)
     scale = {name: factors.damped(name, damping).rsqrt() for name in layers}
     scores = torch.zeros(sum(len(rows) for rows, _ in groups), dtype=torch.float64)
+    gradients = fastest_gradients(model, layers, task)
     with frozen(model):
-        fast = fast_paths(model, groups[0][1], layers, task)
         for rows, batch in tqdm(groups, "self-influence", disable=not progress):
-            got = token_gradients(model, batch, layers, task, fast=fast)
+            got = gradients(batch)
             for name in layers:
                 a, ds = got.inputs[name], got.outputs[name]
                 turned = rotated_gradients(a, ds, factors.Q_A[name].to(a), factors.Q_S[name].to(a))

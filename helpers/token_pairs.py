@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .gradients import by_length, fast_paths, finite, token_gradients
+from .gradients import by_length, fastest_gradients, finite
 
 CHUNK = 1 << 23  # numbers held in one block of per-token gradients
 
@@ -50,10 +50,10 @@ def _rotated_tokens(model, factors, batches, task, progress):
 
     The rotation is float64: small coordinates, which the division enlarges, keep their digits.
     """
-    groups, layers = by_length(batches), list(factors.A)
-    fast = fast_paths(model, groups[0][1], layers, task)
-    for rows, batch in tqdm(groups, "influence", disable=not progress):
-        got, out = token_gradients(model, batch, layers, task, fast=fast), {}
+    layers = list(factors.A)
+    gradients = fastest_gradients(model, layers, task)
+    for rows, batch in tqdm(by_length(batches), "influence", disable=not progress):
+        got, out = gradients(batch), {}
         for name in layers:
             a, ds, real = got.inputs[name], got.outputs[name], got.real[name]
             index, at = (torch.ones(a.shape[:2], device=a.device) if real is None else real).nonzero(as_tuple=True)

@@ -139,7 +139,7 @@ def test_layers_that_hooks_cannot_read():
     batch = {"inputs": torch.randn(4, 3), "labels": torch.randn(4, 2)}
     task = lambda model, batch: (model(batch["inputs"]), batch["labels"])
     for kind, said in (("twice", "'first' is called twice"), ("detached", "does not depend on 'first'"),
-                       ("flattened", r"'second' got an input of shape \(1, 4, 3\) for 4 examples")):
+                       ("flattened", r"'second' got an input of shape \(1, 2, 3\) for 2 examples")):
         with pytest.raises(ValueError, match=said):
             fit_ekfac(Odd(kind), [batch], ["first", "second"], task=task, **QUIET)
     with pytest.raises((ValueError, RuntimeError), match="in.?place"):
