@@ -89,7 +89,8 @@ class _NarrowHeads(TorchFunctionMode):
         if attn_mask is None:
             attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
         if attn_mask is not self.mask:
-            self.mask, self.plan = attn_mask, plan(attn_mask, query)
+            whole = attn_mask.expand(*attn_mask.shape[:-2], query.shape[2], key.shape[2])
+            self.mask, self.plan = attn_mask, plan(whole, query)
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         return attend(query, key, value, self.plan, query.shape[3] ** -0.5 if scale is None else scale)

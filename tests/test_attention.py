@@ -134,6 +134,16 @@ def test_what_the_blocks_do_not_do_goes_to_pytorch(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 6), (1, 1, 1, 6), (1, 6), (6, 6), (2, 1, 6, 6)])
+def test_a_mask_may_leave_out_axes_as_in_pytorch(shape, monkeypatch):
+    calls, q = counted(monkeypatch), torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    mask = torch.rand(shape) < 0.5
+    mask[..., 2] = True
+    with attention.block_attention(torch.nn.Identity()):
+        ours = F.scaled_dot_product_attention(q, q, q, mask)
+    assert calls and torch.allclose(ours, F.scaled_dot_product_attention(q, q, q, mask), rtol=1e-11, atol=1e-12)
+
+
 def test_the_model_comes_back_as_it_was():
     model, wide = neo(), neo(width=16)
     before = [set(vars(module)) for module in model.modules()]
