@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoint import Checkpoint, accumulate, digest_of, job_of, replace, sums
-from .gradients import TokenGradients, check_targets, fastest_gradients, finite
+from .gradients import check_targets, fastest_gradients, finite
 from .layers import frozen, layer_shapes
 from .ranks import add_up, eigenvectors
 from .tasks import causal_lm
@@ -128,7 +128,8 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
 def _second_moments(shapes, gradients, fold, device):
     """({what: sum}, {first row: gradients}): ā āᵀ and Ds Dsᵀ over real positions, their number; what fits of a group.
 
-    The sums, by ("A", layer), ("S", layer), ("count", layer) and "n" examples, are those of all ranks.
+    The sums, by ("A", layer), ("S", layer), ("count", layer) and "n" examples, are those of all ranks. What is kept:
+    {layer: `_compact` gradients}, or only ∂L/∂h where that has the room, or None.
     """
     sizes = {(side, name): (size, size) for name, shape in shapes.items() for side, size in zip("SA", shape)}
     flat, total = sums(sizes | {("count", name): () for name in shapes} | {"n": ()}, device)
@@ -142,9 +143,12 @@ def _second_moments(shapes, gradients, fold, device):
             total["S", name] += finite(ds.T @ ds, name, rows).to(flat)
             total["count", name] += len(a) if real is None else int(real.sum())
         total["n"] += len(rows)
-        held[0] += sum(x.nbytes for part in (got.inputs, got.outputs) for x in part.values())
+        compact = {}
+        if held[0] <= KEEP_BYTES:
+            compact = {name: _compact(got.inputs[name], got.outputs[name]) for name in shapes}
+            held[0] += sum(x.nbytes for part in compact.values() for x in part)
         held[1] += 0 if got.hidden is None else got.hidden.nbytes
-        kept[int(rows[0])] = got if held[0] <= KEEP_BYTES else got.hidden if held[1] <= KEEP_BYTES else None
+        kept[int(rows[0])] = compact if held[0] <= KEEP_BYTES else got.hidden if held[1] <= KEEP_BYTES else None
 
     fold(flat, add, name="second moments")
     add_up(flat)
@@ -157,17 +161,24 @@ def _eigenvalues(Q_A, Q_S, gradients, kept, fold, saved):
     cast = {}
 
     def add(rows, batch):
-        got = kept.pop(int(rows[0]), None)
-        got = got if isinstance(got, TokenGradients) else gradients(batch, hidden=got)
-        for name in Q_A:
-            a, ds = got.inputs[name], got.outputs[name]
-            q_a, q_s = cast.setdefault(name, (Q_A[name].to(a), Q_S[name].to(a)))
-            Lambda[name] += finite(rotated_gradients(a, ds, q_a, q_s).square_().sum(0), name, rows).to(flat)
+        parts = kept.pop(int(rows[0]), None)
+        if not isinstance(parts, dict):
+            got = gradients(batch, hidden=parts)
+            parts = {name: (got.inputs[name], got.outputs[name]) for name in Q_A}
+        for name, part in parts.items():
+            q_a, q_s = cast.setdefault(name, (Q_A[name].to(part[0]), Q_S[name].to(part[0])))
+            turned = q_s.T @ (part[0] @ q_a) if len(part) == 1 else rotated_gradients(*part, q_a, q_s)
+            Lambda[name] += finite(turned.square_().sum(0), name, rows).to(flat)
 
     key = digest_of(Q_A) + digest_of(Q_S) if saved else ""
     fold(flat, add, name="eigenvalues", key=key)
     add_up(flat)
     return Lambda
+
+
+def _compact(a, ds):
+    """(ā, Ds), or where `rotated_gradients` sums over tokens before it turns, that sum, which takes less memory."""
+    return (ds.transpose(1, 2) @ a,) if a.shape[1] >= max(a.shape[2], ds.shape[2]) else (a, ds)
 
 
 def rotated_gradients(a, ds, q_a, q_s):

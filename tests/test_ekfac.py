@@ -162,6 +162,24 @@ def test_save_and_load(model, tmp_path):
         assert same_value, field.name
 
 
+def test_long_sequences_are_kept_as_their_sums_with_the_same_numbers(monkeypatch):
+    model, kept = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double(), []
+    compact, task = ekfac._compact, lambda model, batch: (model(batch["x"]), batch["labels"])
+    monkeypatch.setattr(ekfac, "_compact", lambda a, ds: kept.append(compact(a, ds)) or kept[-1])
+    for length, parts in ((4, [2, 2]), (5, [1, 2]), (6, [1, 1])):  # the second layer has 6 inputs with its bias
+        generator = torch.Generator().manual_seed(length)
+        batch = {"x": torch.randn(7, length, 3, generator=generator),
+                 "labels": torch.randint(2, (7, length), generator=generator)}
+        batch["x"] = batch["x"].double()
+        results = []
+        for budget in (1 << 30, 0):
+            monkeypatch.setattr(ekfac, "KEEP_BYTES", budget)
+            kept.clear()
+            results.append(fit_ekfac(model, [batch], ["0", "2"], task, **QUIET))
+            assert [len(part) for part in kept] == parts
+        assert all(torch.equal(results[0].Lambda[name], results[1].Lambda[name]) for name in ("0", "2"))
+
+
 def test_what_is_kept_between_the_passes_changes_nothing(model, monkeypatch):
     batches, layers = tiny.batches(tiny.stories(9), 2), linear_layers(model, tiny.LAYERS)
     calls, gradients = [], fastest_gradients(model, layers, ekfac.causal_lm)
