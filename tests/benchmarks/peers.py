@@ -32,6 +32,8 @@ from helpers import load_lm, load_stories, tokenize
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SIDES = ("ours", "kronfluence", "bergson", "pydvl", "dattri")
+COLUMNS = ["what", "side", "s", "cpu", "mib", "ratio", "model", "stories", "queries", "repeats", "threads", "layers",
+           "difference"]  # of peers.csv; ratio is of processor time, difference that of the scores with true labels
 
 
 class Side:
@@ -51,8 +53,9 @@ class Side:
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             self.log.seek(0)
-            lines = self.log.read().strip().splitlines()
-            return {"error": lines[-1][:300] if lines else "ended without a word"}
+            lines, code = self.log.read().strip().splitlines(), self.process.poll()
+            killed = f"killed by signal {-code} (9: out of memory?)" if code and code < 0 else None
+            return {"error": killed or (lines[-1][:300] if lines else "ended without a word")}
 
     def close(self):
         with contextlib.suppress(BrokenPipeError):  # it may have died, of memory for one
@@ -195,7 +198,8 @@ def timed(args):
     ours = table[table["side"] == "ours"].set_index("what")["cpu"]
     table["ratio"] = table["cpu"] / table["what"].map(ours)
     table = table.assign(model=args.model if not args.folder else f"{args.model}, real weights", stories=args.stories,
-                         queries=args.queries, repeats=args.repeats, threads=args.threads)
+                         queries=args.queries, repeats=args.repeats, threads=args.threads, layers=args.layers)
+    table = table.reindex(columns=COLUMNS)
     path = HERE / "peers.csv"
     table.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
     print(table.to_string())
