@@ -6,7 +6,7 @@
 peer_<side>.py says how to make a side's environment; `--python kronfluence=…/bin/python` says where it is (the
 default is ../<side>/bin/python). `--model 512` is karpathy/tinyllamas stories260K's shape (`--folder` for its weights
 and `--texts` for stories, else both random), `50257` the configuration of roneneldan/TinyStories-1M with random
-weights, `bundled` ours. Sides alternate, one thread each; ratios are of processor time, which a shared machine
+weights, `bundled` ours. Sides alternate, with `--threads` each; ratios are of processor time, which a shared machine
 disturbs less than the clock's, and of one run.
 """
 
