@@ -34,12 +34,12 @@ def eager_attention(model):
 
 @contextmanager
 def block_attention(model):
-    """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow; so is GPT-Neo's, which is its own.
+    """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow, and GPT-Neo calls PyTorch's attention.
 
-    First derivatives only. With heads of width 8 and 256 tokens PyTorch's kernel takes twice as long, and code that
-    writes out every weight, as GPT-Neo's, seven times.
+    First derivatives only. With heads of width 8 and 256 tokens PyTorch's kernel takes twice as long as `attend`, and
+    code that writes out every weight, as GPT-Neo's, seven times.
     """
-    patched = [module for module in model.modules() if type(module) is GPTNeoSelfAttention and module.head_dim < NARROW]
+    patched = [module for module in model.modules() if type(module) is GPTNeoSelfAttention]
     try:
         for module in patched:
             module._attn = _NeoAttention(module)
@@ -93,6 +93,7 @@ class _NarrowHeads(TorchFunctionMode):
             self.mask, self.plan = attn_mask, plan(whole, query)
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        key, value = (x.expand(*query.shape[:2], -1, -1) for x in (key, value))
         return attend(query, key, value, self.plan, query.shape[3] ** -0.5 if scale is None else scale)
 
 

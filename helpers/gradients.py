@@ -42,7 +42,7 @@ def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None)
             top, upstream = summed_loss(outputs, targets), None
         for name in layers:
             _check_taken(taken, name, batch)
-        gradients = torch.autograd.grad(top, [taken[name][1] for name in layers], upstream, allow_unused=True)
+        gradients = torch.autograd.grad(top, [taken[name][2] for name in layers], upstream, allow_unused=True)
     read = {name: _one_layer(model, batch, name, taken[name][0], grad) for name, grad in zip(layers, gradients)}
     return TokenGradients(*({name: value[i] for name, value in read.items()} for i in range(3)), hidden)
 
@@ -61,7 +61,7 @@ def fastest_gradients(model, layers, task):
 
 def _head_upstream(model, batch, seed, hidden):
     """The last hidden state h [B, T, d], ∂L/∂h of the same shape, and its rows with a target [n, d]."""
-    h = model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)[0]
+    h = last_hidden(model, batch)
     targets = batch["labels"][:, 1:]
     rows = targets != IGNORED
     if hidden is None:
@@ -75,20 +75,27 @@ def _head_upstream(model, batch, seed, hidden):
 def _check_taken(taken, name, batch):
     if name not in taken:
         raise ValueError(f"layers: {name!r} was not called in the forward pass: leave it out of the pattern")
-    a, s, version = taken[name]
+    a, version, _ = taken[name]
     examples = len(next(iter(batch.values())))
-    if len(a) != examples:
+    if len(a) != examples and not _flattened(a, batch):
         raise ValueError(f"layers: {name!r} got an input of shape {tuple(a.shape)} for {examples} examples; its first "
                          "axis must be the example: leave it out of the pattern")
-    if s._version != version:
-        raise ValueError(f"layers: the output of {name!r} is changed in place after it (an in-place activation?),"
-                         " which hides its gradient: make that operation out of place")
+    if a._version != version:
+        raise ValueError(f"layers: the input of {name!r} is changed in place after it, which hides what the layer saw: "
+                         "make that operation out of place")
+
+
+def _flattened(a, batch):
+    """Whether a layer's input has one axis for examples and tokens, as OPT's feed-forward layers."""
+    return a.dim() == 2 and "input_ids" in batch and len(a) == batch["input_ids"].numel() > len(batch["input_ids"])
 
 
 def _one_layer(model, batch, name, a, grad):
     """(ā, Ds, real) of one layer, as [B, T, ·], with pads at 0 and the bias column of ones last."""
     if grad is None:
         raise ValueError(f"layers: the loss does not depend on {name!r}: leave it out of the pattern")
+    if _flattened(a, batch):
+        a, grad = (x.unflatten(0, batch["input_ids"].shape) for x in (a, grad))
     mask, tokens = batch.get("attention_mask"), a.dim() > 2
     a, grad = (x.flatten(1, -2) if tokens else x[:, None] for x in (a, grad))
     if model.get_submodule(name).bias is not None:
@@ -110,7 +117,7 @@ def fast_paths(model, batch, layers, task):
     batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
     slow = token_gradients(model, batch, layers, task).outputs
     rtol = min(1000 * torch.finfo(next(iter(slow.values())).dtype).eps, 0.05)
-    known = ["head"] * known_head(model, layers, task) + ["attention"]
+    known = ["head"] * (task is causal_lm and _known_head(model, batch, layers)) + ["attention"]
     for paths in (known, *([path] for path in known if len(known) > 1)):
         fast = token_gradients(model, batch, layers, task, fast=paths).outputs
         if all((slow[name] - fast[name]).norm() <= rtol * slow[name].norm() for name in layers):
@@ -118,12 +125,20 @@ def fast_paths(model, batch, layers, task):
     return []
 
 
-def known_head(model, layers, task):
-    """Whether the logits seem to be a linear layer of `base_model`'s output, one that is not studied."""
-    head = model.get_output_embeddings() if task is causal_lm and hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, torch.nn.Linear) or any(model.get_submodule(name) is head for name in layers):
+def _known_head(model, batch, layers):
+    """Whether the logits may be a linear layer of `base_model`'s output, with all studied layers below that."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, torch.nn.Linear) or getattr(model, "base_model", model) is model:
         return False
-    return hasattr(model, "base_model") and model.base_model is not model
+    below = set(model.base_model.modules())
+    return (all(model.get_submodule(name) in below for name in layers)
+            and last_hidden(model, batch).shape[-1] == head.in_features)
+
+
+def last_hidden(model, batch):
+    """What the head of a causal language model gets, [B, T, d]."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
 
 def check_targets(batches, task, argument, digest=None):

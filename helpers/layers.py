@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
 
@@ -27,6 +28,9 @@ def linear_layers(model, pattern):
 
 def check_layer(model, name):
     """The module called `name`; raises ValueError where it is missing, not linear, or shares its weight."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"model: {type(model).__name__} has an encoder and a decoder, whose tokens need two masks; "
+                         "the helpers take models with one token axis")
     modules = dict(model.named_modules())
     module = modules.get(name)
     if not isinstance(module, (nn.Linear, Conv1D)):
@@ -71,10 +75,12 @@ def frozen(model):
 
 @contextmanager
 def capture(model, layers):
-    """Inside, a forward pass of the (frozen) model fills the dictionary given: {layer: (input a, output s, version)}.
+    """Inside, a forward pass of the (frozen) model fills the dictionary given: {layer: (input a, its version, edge)}.
 
-    The first captured output starts the autograd graph, so nothing below it is differentiated and no weight gradient is
-    formed. A layer that one forward pass calls twice is refused: its gradient is a sum that one pair cannot hold.
+    `edge` stands for the layer's output in `torch.autograd.grad`, as it was when the layer gave it, whatever changes it
+    in place afterwards. The first outputs start the graph, so nothing below them is differentiated and no weight
+    gradient is formed. A layer that one forward pass calls twice is refused: its gradient is a sum that one pair cannot
+    hold.
     """
     taken, handles = {}, []
 
@@ -83,9 +89,12 @@ def capture(model, layers):
             if name in taken:
                 raise ValueError(f"layers: {name!r} is called twice in one forward pass; EK-FAC needs one call: "
                                  "leave it out of the pattern")
-            if not output.requires_grad and torch.is_grad_enabled():
-                output.requires_grad_()
-            taken[name] = (inputs[0].detach(), output, output._version)
+            if not torch.is_grad_enabled():
+                raise ValueError(f"layers: {name!r} runs without gradients, in a part of the model under no_grad: "
+                                 "leave it out of the pattern")
+            start = not output.requires_grad
+            taken[name] = (inputs[0].detach(), inputs[0]._version, get_gradient_edge(output.requires_grad_()))
+            return output.clone() if start else None  # autograd lets no leaf be changed in place
         return read
 
     try:

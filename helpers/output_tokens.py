@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .attention import eager_attention
-from .gradients import by_length, fast_paths, known_head
+from .gradients import by_length, fast_paths, last_hidden
 from .head import head_gradient
 from .tasks import IGNORED, summed_loss
 
@@ -25,7 +25,7 @@ def output_token_scores(model, train, directions, task, progress=True):
     weights, tangents = _studied(model, directions)
     groups = [piece for group in by_length(train) for piece in _pieces(*group, tangents)]
     layers = list(directions)
-    fast = known_head(model, layers, task) and "head" in fast_paths(model, groups[0][1], layers, task)
+    fast = "head" in fast_paths(model, groups[0][1], layers, task)
     parts, order = [], torch.cat([rows for rows, _ in groups]).argsort()
     with eager_attention(model), torch.no_grad():
         for rows, batch in tqdm(groups, "influence", disable=not progress):
@@ -67,8 +67,7 @@ class _Call(torch.nn.Module):
 
 def _hidden(model, batch):
     """`causal_lm` without its head: the last hidden states [B, T-1, d] and the labels [B, T-1]."""
-    h = model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)[0]
-    return h[:, :-1], batch["labels"][:, 1:]
+    return last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
 
 
 def _studied(model, directions):

@@ -12,7 +12,7 @@ from .layers import frozen, layer_shapes
 from .tasks import asked, causal_lm, summed_loss, targets_per_example
 
 FEW = 4  # examples that are looked at
-STEP = 1e-3  # of the query's loss, that the finite difference moves it by
+STEP = 1e-4  # of the query's loss, that the finite difference moves it by
 
 
 def factor_bytes(model, layers):
@@ -34,8 +34,9 @@ def check_setup(model, batches, layers, task=causal_lm):
     loss); one by one: the loss of an example does not depend on the others in its batch; pads: three more positions,
     masked and with label -100, change nothing, and no position at an end is attended to without a target; gradient:
     Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size: the step θ ± η P(∇L_m) along
-    the first example's preconditioned gradient changes its loss by ∓ η I(m, m). The first examples of the first batch
-    are used; the model comes back as it was. Raises as fit_ekfac does.
+    the first example's preconditioned gradient changes its loss by ∓ η I(m, m) (None in half precision, which loses so
+    small a step). The first examples of the first batch are used; the model comes back as it was. Raises as fit_ekfac
+    does.
     """
     check_targets(batches, task, "batches")
     batch = {key: value[:FEW] for key, value in batches[0].items()}
@@ -119,9 +120,13 @@ def _gradient(model, batch, layers, task, rtol):
 def _step(model, batch, layers, task):
     one = {key: value[:1] for key, value in batch.items()}
     factors = fit_ekfac(model, [batch], layers, task, progress=False)
-    score = float(influence(model, factors, [one], [one], task, progress=False))
+    score = influence(model, factors, [one], [one], task, progress=False)
     told = ("a step along P(∇L) raises the loss: a sign or a transpose is wrong, or there is no gradient",
             "the loss moves by another amount than −η I: parts of the gradient are missing, or the model is random")
+    if score.dtype.itemsize < 4:
+        lost = f"a small step is lost in {str(score.dtype)[6:]}: load the model in float32 to check it"
+        return [("sign", None, lost, "", told[0]), ("size", None, lost, "", told[1])]
+    score = float(score)
     if not score > 0:
         return [("sign", False, f"I(m, m) = {score:g}", "above 0", told[0]), ("size", None, "", "", told[1])]
     got, loss = token_gradients(model, one, layers, task), _loss(model, one, task)

@@ -19,27 +19,40 @@ from helpers import (
     lissa,
     self_influence,
 )
+from helpers.gradients import token_gradients
 from helpers.head import head_gradient
+from helpers.layers import frozen
 
 QUIET = {"progress": False}
 
 
 class Bend(torch.nn.Module):
-    """Two layers, the output of the second of which is changed in place."""
+    """Two layers; the outputs of both are changed in place, and the input of the second where told."""
 
-    def __init__(self):
+    def __init__(self, after):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+        self.first, self.second, self.after = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2), after
 
     def forward(self, inputs):
-        return torch.relu_(self.second(self.first(inputs)).add_(1.0))
+        hidden = torch.relu_(self.first(inputs))
+        outputs = self.second(hidden).add_(1.0)
+        return outputs + hidden.mul_(2.0).sum() if self.after else outputs.mul_(3.0)
 
 
-def test_an_output_that_is_changed_in_place():
+def test_changes_in_place():
+    torch.manual_seed(0)
     batch = {"inputs": torch.randn(4, 3), "labels": torch.randn(4, 2)}
     task = lambda model, batch: (model(batch["inputs"]), batch["labels"])
-    with pytest.raises(ValueError, match="output of 'second' is changed in place after it .*make that .* out of place"):
-        fit_ekfac(Bend(), [batch], ["first", "second"], task=task, **QUIET)
+    model = Bend(after=False)
+    outputs = (torch.relu(model.first(batch["inputs"])) @ model.second.weight.T + model.second.bias) + 1.0
+    loss = 0.5 * (3.0 * outputs - batch["labels"]).square().sum()
+    with frozen(model):
+        got = token_gradients(model, batch, ["first", "second"], task)
+    for name in ("first", "second"):
+        right = torch.autograd.grad(loss, model.get_submodule(name).weight, retain_graph=True)[0]
+        assert torch.allclose((got.outputs[name].transpose(1, 2) @ got.inputs[name]).sum(0)[:, :-1], right, rtol=1e-5)
+    with pytest.raises(ValueError, match="input of 'second' is changed in place after it, .*make that .* out of place"):
+        fit_ekfac(Bend(after=True), [batch], ["first", "second"], task=task, **QUIET)
 
 
 @pytest.mark.parametrize("task, told", [

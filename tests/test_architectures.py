@@ -1,0 +1,79 @@
+"""Other language models than the ones the project uses: what a user brings passes the check-up, by every fast path."""
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ElectraConfig,
+    ElectraForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from helpers import causal_lm, check_setup, fit_ekfac, influence, linear_layers
+from helpers.gradients import fast_paths
+from helpers.layers import frozen
+
+SMALL = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+         "pad_token_id": 0}
+GROUPED, BOTH, BLOCKS = {"num_key_value_heads": 2}, ["head", "attention"], r"layers?\.\d|\bh\.\d"
+KINDS = {
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, BOTH),  # its feed-forward layers see [B · T, d]
+    "falcon": ({"parallel_attn": True}, BOTH),  # the output of its feed-forward part is changed in place
+    "qwen2_moe": ({**GROUPED, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
+                  BOTH),  # its shared expert sees [B · T, d]
+    "bloom": ({}, BOTH), "gpt_neox": ({}, BOTH), "gptj": ({"rotary_dim": 4}, BOTH), "phi": (GROUPED, BOTH),
+    "gemma2": ({**GROUPED, "head_dim": 8, "final_logit_softcapping": 1.0}, ["attention"]),
+    "qwen3": ({**GROUPED, "head_dim": 8}, BOTH), "phi3": (GROUPED, BOTH), "mistral": (GROUPED, BOTH),
+    "cohere": ({**GROUPED, "logit_scale": 0.5}, ["attention"]),
+    "bert": ({"is_decoder": True}, ["attention"]),  # a layer between the last block and the head
+}
+
+
+def batches():
+    return tiny.batches(tiny.stories(6), size=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_up_passes_and_parts_sum_up(kind):
+    torch.manual_seed(0)
+    options, paths = KINDS[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **options})).eval()
+    with torch.no_grad():
+        [parameter.add_(0.02 * torch.randn_like(parameter)) for parameter in model.parameters()]
+    layers = linear_layers(model, BLOCKS)
+    report = check_setup(model, batches(), layers)
+    assert report.passed.all(), report.to_string()
+    with frozen(model):
+        assert fast_paths(model, batches()[0], layers, causal_lm) == paths
+    factors = fit_ekfac(model, batches(), layers, progress=False)
+    scores, token = (influence(model, factors, batches()[:1], batches(), per=per, progress=False)
+                     for per in ("sequence", "token"))
+    assert torch.allclose(token.sum(2), scores, rtol=1e-3, atol=1e-5 * float(scores.abs().max()))
+    real = torch.cat([F.pad(b["attention_mask"], (0, token.shape[2] - b["input_ids"].shape[1])) for b in batches()])
+    assert not token[:, real == 0].any()
+
+
+def test_a_head_of_another_width_goes_the_general_way():
+    model = ElectraForCausalLM(ElectraConfig(**SMALL, embedding_size=16, is_decoder=True)).eval()
+    with frozen(model):
+        assert fast_paths(model, batches()[0], linear_layers(model, "attention"), causal_lm) == ["attention"]
+
+
+def test_two_token_axes_are_refused():
+    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a decoder"):
+        linear_layers(model, "wi")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_says_what_it_cannot_check(dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).to(dtype)
+    report = check_setup(model, batches(), linear_layers(model, BLOCKS)).set_index("check")
+    assert report.passed.drop(["sign", "size"]).all() and report.passed[["sign", "size"]].isna().all()
+    assert report.found["size"] == f"a small step is lost in {str(dtype)[6:]}: load the model in float32 to check it"
