@@ -15,7 +15,8 @@ from .tasks import IGNORED, asked, causal_lm, draw_targets, keyed_uniforms, summ
 class TokenGradients:
     """One batch. inputs: {layer: ā [B, T, d_in (+1)]}; outputs: {layer: Ds = ∂L/∂s [B, T, d_out]}; both 0 on pads.
 
-    T is 1 for a layer without a token axis. `real`: {layer: [B, T] bool or None where every position is real};
+    Both are float32 at least, so that what a model in half precision gives is multiplied and added up in float32. T is
+    1 for a layer without a token axis. `real`: {layer: [B, T] bool or None where every position is real};
     `hidden`: ∂L/∂h at the rows with a target, kept to skip the output head in another pass, or None.
     """
 
@@ -98,6 +99,7 @@ def _one_layer(model, batch, name, a, grad):
         a, grad = (x.unflatten(0, batch["input_ids"].shape) for x in (a, grad))
     mask, tokens = batch.get("attention_mask"), a.dim() > 2
     a, grad = (x.flatten(1, -2) if tokens else x[:, None] for x in (a, grad))
+    a, grad = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, grad))
     if model.get_submodule(name).bias is not None:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
     real = mask.bool() if tokens and mask is not None and mask.shape == a.shape[:2] else None
@@ -116,7 +118,7 @@ def fast_paths(model, batch, layers, task):
     """
     batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
     slow = token_gradients(model, batch, layers, task).outputs
-    rtol = min(1000 * torch.finfo(next(iter(slow.values())).dtype).eps, 0.05)
+    rtol = min(1000 * torch.finfo(next(model.parameters()).dtype).eps, 0.05)
     known = ["head"] * (task is causal_lm and _known_head(model, batch, layers)) + ["attention"]
     for paths in (known, *([path] for path in known if len(known) > 1)):
         fast = token_gradients(model, batch, layers, task, fast=paths).outputs

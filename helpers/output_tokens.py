@@ -75,7 +75,7 @@ def _studied(model, directions):
     weights, tangents = {}, {}
     for name, V in directions.items():
         module = model.get_submodule(name)
-        V = V[0] @ V[1] if isinstance(V, tuple) else V
+        V = (V[0] @ V[1] if isinstance(V, tuple) else V).to(module.weight.dtype)
         if module.bias is not None:
             weights[f"model.{name}.bias"], tangents[f"model.{name}.bias"] = module.bias, V[..., -1]
             V = V[..., :-1]

@@ -120,13 +120,12 @@ def _gradient(model, batch, layers, task, rtol):
 def _step(model, batch, layers, task):
     one = {key: value[:1] for key, value in batch.items()}
     factors = fit_ekfac(model, [batch], layers, task, progress=False)
-    score = influence(model, factors, [one], [one], task, progress=False)
+    score, dtype = float(influence(model, factors, [one], [one], task, progress=False)), next(model.parameters()).dtype
     told = ("a step along P(∇L) raises the loss: a sign or a transpose is wrong, or there is no gradient",
             "the loss moves by another amount than −η I: parts of the gradient are missing, or the model is random")
-    if score.dtype.itemsize < 4:
-        lost = f"a small step is lost in {str(score.dtype)[6:]}: load the model in float32 to check it"
+    if dtype.itemsize < 4:
+        lost = f"a small step is lost in {str(dtype)[6:]}: load the model in float32 to check it"
         return [("sign", None, lost, "", told[0]), ("size", None, lost, "", told[1])]
-    score = float(score)
     if not score > 0:
         return [("sign", False, f"I(m, m) = {score:g}", "above 0", told[0]), ("size", None, "", "", told[1])]
     got, loss = token_gradients(model, one, layers, task), _loss(model, one, task)

@@ -52,7 +52,11 @@ def asked(task, model, batch):
 
 
 def summed_loss(outputs, targets):
-    """Loss summed over examples and unmasked targets, in nats: cross-entropy, or ½‖y − f‖² for floating targets."""
+    """Loss summed over examples and unmasked targets, in nats: cross-entropy, or ½‖y − f‖² for floating targets.
+
+    Outputs in half precision are summed in float32.
+    """
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if targets.is_floating_point():
         return 0.5 * (targets - outputs).square().sum()
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")

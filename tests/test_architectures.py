@@ -71,9 +71,16 @@ def test_two_token_axes_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_says_what_it_cannot_check(dtype):
+def test_half_precision_adds_up_in_single_and_says_what_it_cannot_check(dtype):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).to(dtype)
-    report = check_setup(model, batches(), linear_layers(model, BLOCKS)).set_index("check")
+    layers = linear_layers(model, BLOCKS)
+    factors = fit_ekfac(model, batches(), layers, progress=False)
+    score = lambda per: influence(model, factors, batches()[:1], batches(), per=per, progress=False)
+    scores, token = score("sequence"), score("token")
+    assert torch.allclose(token.sum(2), scores, rtol=1e-4, atol=1e-5 * float(scores.abs().max()))
+    if dtype is torch.bfloat16:  # float16 has no room for the mask of eager attention, and influence says so
+        assert (score("output_token").sum(2) - scores).norm() < 0.1 * scores.norm()  # in the model's own precision
+    report = check_setup(model, batches(), layers).set_index("check")
     assert report.passed.drop(["sign", "size"]).all() and report.passed[["sign", "size"]].isna().all()
     assert report.found["size"] == f"a small step is lost in {str(dtype)[6:]}: load the model in float32 to check it"
