@@ -116,7 +116,7 @@ def staleness(notebook, helpers):
 
 def run(paths):
     """Execute notebooks in place, in full mode, and stamp them; with another source than bundled, into out/ instead."""
-    bundled = all(os.environ.get(key, "") in ("", "bundled") for key in ("TINYSTORIES", "STORIES"))
+    bundled = all(os.environ.get(key, "") in ("", "bundled") for key in ("TINYSTORIES", "STORIES", "SENTIMENT"))
     env = {key: value for key, value in os.environ.items() if key != "FAST"} | QUIET
     where = ["--inplace"] if bundled else ["--output-dir", str(ROOT / "out")]
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", *where, "--log-level=WARN"]
