@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import block_attention
 from .head import head_gradient
+from .kernels import fast_kernels
 from .layers import capture
 from .tasks import IGNORED, asked, causal_lm, draw_targets, keyed_uniforms, summed_loss, targets_per_example
 
@@ -32,8 +32,8 @@ def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None)
     `fast`: what `fast_paths` found to hold; for the head, `hidden` of an earlier pass is used if at hand. The model
     must be `frozen`. Raises ValueError for a layer that the loss does not depend on.
     """
-    attention = block_attention(model) if "attention" in fast else nullcontext()
-    with torch.enable_grad(), attention, capture(model, layers) as taken:
+    kernels = fast_kernels(model) if "kernels" in fast else nullcontext()
+    with torch.enable_grad(), kernels, capture(model, layers) as taken:
         if "head" in fast:
             top, upstream, hidden = _head_upstream(model, batch, seed, hidden)
         else:
@@ -110,16 +110,16 @@ def _one_layer(model, batch, name, a, grad):
 
 
 def fast_paths(model, batch, layers, task):
-    """Which of "head" and "attention" give, on two examples of `batch`, the Ds that autograd gives the general way.
+    """Which of "head" and "kernels" give, on two examples of `batch`, the Ds that autograd gives the general way.
 
     "head": the closed form for the output head; not for another task, a studied head, a model without
     `get_output_embeddings`, or where scaling, a soft-cap or anything else stands between the hidden state and the
-    logits. "attention": in blocks (`block_attention`).
+    logits. "kernels": `fast_kernels`.
     """
     batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
     slow = token_gradients(model, batch, layers, task).outputs
     rtol = min(1000 * torch.finfo(next(model.parameters()).dtype).eps, 0.05)
-    known = ["head"] * (task is causal_lm and _known_head(model, batch, layers)) + ["attention"]
+    known = ["head"] * (task is causal_lm and _known_head(model, batch, layers)) + ["kernels"]
     for paths in (known, *([path] for path in known if len(known) > 1)):
         fast = token_gradients(model, batch, layers, task, fast=paths).outputs
         if all((slow[name] - fast[name]).norm() <= rtol * slow[name].norm() for name in layers):

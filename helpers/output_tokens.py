@@ -6,9 +6,9 @@ from torch.func import functional_call, jvp, vmap
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .attention import eager_attention
 from .gradients import by_length, fast_paths, last_hidden
 from .head import head_gradient
+from .kernels import eager_attention
 from .tasks import IGNORED, summed_loss
 
 IN_FLIGHT = 1 << 19  # examples × queries × T² in one forward pass: attention's matrices then stay in the cache

@@ -20,17 +20,17 @@ from helpers.layers import frozen
 SMALL = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
          "pad_token_id": 0}
-GROUPED, BOTH, BLOCKS = {"num_key_value_heads": 2}, ["head", "attention"], r"layers?\.\d|\bh\.\d"
+GROUPED, BOTH, BLOCKS = {"num_key_value_heads": 2}, ["head", "kernels"], r"layers?\.\d|\bh\.\d"
 KINDS = {
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, BOTH),  # its feed-forward layers see [B · T, d]
     "falcon": ({"parallel_attn": True}, BOTH),  # the output of its feed-forward part is changed in place
     "qwen2_moe": ({**GROUPED, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
                   BOTH),  # its shared expert sees [B · T, d]
     "bloom": ({}, BOTH), "gpt_neox": ({}, BOTH), "gptj": ({"rotary_dim": 4}, BOTH), "phi": (GROUPED, BOTH),
-    "gemma2": ({**GROUPED, "head_dim": 8, "final_logit_softcapping": 1.0}, ["attention"]),
+    "gemma2": ({**GROUPED, "head_dim": 8, "final_logit_softcapping": 1.0}, ["kernels"]),
     "qwen3": ({**GROUPED, "head_dim": 8}, BOTH), "phi3": (GROUPED, BOTH), "mistral": (GROUPED, BOTH),
-    "cohere": ({**GROUPED, "logit_scale": 0.5}, ["attention"]),
-    "bert": ({"is_decoder": True}, ["attention"]),  # a layer between the last block and the head
+    "cohere": ({**GROUPED, "logit_scale": 0.5}, ["kernels"]),
+    "bert": ({"is_decoder": True}, ["kernels"]),  # a layer between the last block and the head
 }
 
 
@@ -61,7 +61,7 @@ def test_the_check_up_passes_and_parts_sum_up(kind):
 def test_a_head_of_another_width_goes_the_general_way():
     model = ElectraForCausalLM(ElectraConfig(**SMALL, embedding_size=16, is_decoder=True)).eval()
     with frozen(model):
-        assert fast_paths(model, batches()[0], linear_layers(model, "attention"), causal_lm) == ["attention"]
+        assert fast_paths(model, batches()[0], linear_layers(model, "attention"), causal_lm) == ["kernels"]
 
 
 def test_two_token_axes_are_refused():

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from helpers import causal_lm, fit_ekfac, influence, linear_layers, output_tokens, token_pairs
-from helpers.attention import eager_attention
 from helpers.gradients import token_gradients
 from helpers.influence import sequence_gradients
+from helpers.kernels import eager_attention
 from helpers.layers import frozen
 
 QUIET = {"progress": False}

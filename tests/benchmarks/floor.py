@@ -4,7 +4,7 @@ Every matrix product that a fit and its scores need is listed by hand with its s
 timed alone; the sum is the floor ("same shapes"). A second, lower one divides the same operations by the rate of one
 large product ("best rate"). Attention's products count at the best rate, their causal half only, in both: a kernel
 may fuse them. Elementwise work, softmax, copies and Python are in neither floor: they are what a profile shows as the
-rest; what helpers/attention.py computes shows as products and as elementwise. MLP layers, equal lengths, 8 queries
+rest; what helpers/kernels.py computes shows as products and as elementwise. MLP layers, equal lengths, 8 queries
 (counted with the stories), random weights; one thread, processor time.
 """
 

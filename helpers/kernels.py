@@ -1,11 +1,13 @@
-"""Attention's two other forms: in blocks, fast where heads are narrow, and plain, which forward-mode AD needs."""
+"""What lies between a model's linear layers in other forms: faster ones, and plain ones for forward-mode AD."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from transformers.activations import NewGELUActivation
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 ROWS = 32  # queries in a block
@@ -33,21 +35,27 @@ def eager_attention(model):
 
 
 @contextmanager
-def block_attention(model):
-    """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow, and GPT-Neo calls PyTorch's attention.
+def fast_kernels(model):
+    """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow, and code that spells out what PyTorch
+    has a kernel for calls that: GPT-Neo's attention, and GPT-2's GELU with a tanh.
 
     First derivatives only. With heads of width 8 and 256 tokens PyTorch's kernel takes twice as long as `attend`, and
-    code that writes out every weight, as GPT-Neo's, seven times.
+    GPT-Neo's own code seven times; the GELU spelled out takes twice as long as the kernel.
     """
-    patched = [module for module in model.modules() if type(module) is GPTNeoSelfAttention]
+    patched = {}
+    for module in model.modules():
+        if type(module) is GPTNeoSelfAttention:
+            patched[module] = ("_attn", _NeoAttention(module))
+        elif type(module) is NewGELUActivation:
+            patched[module] = ("forward", partial(F.gelu, approximate="tanh"))
     try:
-        for module in patched:
-            module._attn = _NeoAttention(module)
+        for module, (name, function) in patched.items():
+            setattr(module, name, function)
         with _NarrowHeads():
             yield
     finally:
-        for module in patched:
-            vars(module).pop("_attn", None)
+        for module, (name, _) in patched.items():
+            vars(module).pop(name, None)
 
 
 class _NeoAttention:

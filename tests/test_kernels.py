@@ -1,4 +1,4 @@
-"""Attention in blocks against attention written out, and against every kind of model's own."""
+"""Attention in blocks against attention written out; every kind of model's own kernels against ours."""
 
 import pytest
 import tiny
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification, GPTNeoConfig, GPTNeoForCausalLM
 
-from helpers import attention, causal_lm, classification, linear_layers
+from helpers import causal_lm, classification, kernels, linear_layers
 from helpers.gradients import fast_paths, token_gradients
 from helpers.layers import frozen
 
@@ -29,7 +29,7 @@ def masks(T, S, B=3):
 @pytest.mark.parametrize("name", masks(1, 1))
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (5, 5), (32, 32), (33, 33), (70, 70), (33, 50)])
 def test_blocks_equal_attention_written_out(name, T, S, monkeypatch):
-    monkeypatch.setattr(attention, "WEIGHTS", 3000)  # several groups of examples
+    monkeypatch.setattr(kernels, "WEIGHTS", 3000)  # several groups of examples
     seen = masks(T, S)[name]
     inputs = [torch.randn(3, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (T, S, S)]
     upstream = torch.randn(3, 2, T, 4, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_blocks_equal_attention_written_out(name, T, S, monkeypatch):
     low = torch.finfo(torch.float64).min
     given = (seen, 0.0), (added.masked_fill(~seen, low), added), (added.masked_fill(~seen, -torch.inf), added)
     for mask, bias in given:
-        ours = attention.attend(*inputs, attention.plan(mask, inputs[0]), 0.3)
+        ours = kernels.attend(*inputs, kernels.plan(mask, inputs[0]), 0.3)
         right = written_out(*inputs, seen, 0.3, bias)
         for got, expected in zip([ours, *torch.autograd.grad(ours, inputs, upstream)],
                                  [right, *torch.autograd.grad(right, inputs, upstream)]):
@@ -48,7 +48,7 @@ def test_a_query_that_sees_nothing_gets_zero_as_in_pytorch():
     seen = masks(9, 9)["causal"].expand(3, 1, 9, 9).clone()
     seen[0, ..., :3] = False  # left pads: the first three queries of example 0 see nothing
     inputs = [torch.randn(3, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    ours = attention.attend(*inputs, attention.plan(seen, inputs[0]), 0.5)
+    ours = kernels.attend(*inputs, kernels.plan(seen, inputs[0]), 0.5)
     right = F.scaled_dot_product_attention(*inputs, attn_mask=seen, scale=0.5)
     assert not ours[0, :, :3].any()
     for got, expected in zip([ours, *torch.autograd.grad(ours.square().sum(), inputs)],
@@ -57,8 +57,8 @@ def test_a_query_that_sees_nothing_gets_zero_as_in_pytorch():
 
 
 def counted(monkeypatch):
-    calls, attend = [], attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *args: calls.append(len(args)) or attend(*args))
+    calls, attend = [], kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(len(args)) or attend(*args))
     return calls
 
 
@@ -79,9 +79,9 @@ def test_the_blocks_are_taken_and_give_the_models_own_gradients(kind, left, monk
     with frozen(model):
         slow = token_gradients(model, batch, layers, causal_lm)
         assert not calls
-        assert "attention" in fast_paths(model, batch, layers, causal_lm)
+        assert "kernels" in fast_paths(model, batch, layers, causal_lm)
         assert len(calls) == 2
-        fast = token_gradients(model, batch, layers, causal_lm, fast=["attention"])
+        fast = token_gradients(model, batch, layers, causal_lm, fast=["kernels"])
     tolerance = 1e-5 if kind == "gpt_neo" else 1e-11
     for name in layers:
         for one, other in ((slow.inputs, fast.inputs), (slow.outputs, fast.outputs)):
@@ -95,10 +95,25 @@ def test_wide_heads_of_gpt_neo_go_to_pytorch(monkeypatch):
         slow = token_gradients(model, batch, layers, causal_lm)
         seen = []
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(0) or asked(*a, **k))
-        fast = token_gradients(model, batch, layers, causal_lm, fast=["attention"])
+        fast = token_gradients(model, batch, layers, causal_lm, fast=["kernels"])
     assert len(seen) == 2 and not calls
     for name in layers:
         assert (slow.outputs[name] - fast.outputs[name]).norm() <= 1e-5 * slow.outputs[name].norm()
+
+
+def test_the_gelu_spelled_out_is_one_kernel_with_the_same_numbers(monkeypatch):
+    model, asked, calls = tiny.gpt2(), F.gelu, []
+    layers, batch = linear_layers(model, tiny.LAYERS), tiny.batches(tiny.stories(prompt=1), size=9)[0]
+    monkeypatch.setattr(F, "gelu", lambda x, **options: calls.append(options) or asked(x, **options))
+    with frozen(model):
+        slow = token_gradients(model, batch, layers, causal_lm)
+        assert not calls
+        fast = token_gradients(model, batch, layers, causal_lm, fast=["kernels"])
+        assert calls == [{"approximate": "tanh"}] * model.config.n_layer
+        monkeypatch.setattr(F, "gelu", lambda x, **options: asked(x))  # the exact GELU is another function
+        assert fast_paths(model, batch, layers, causal_lm) == ["head"]
+    for name in layers:
+        assert torch.allclose(slow.outputs[name], fast.outputs[name], rtol=1e-10, atol=1e-13)
 
 
 def test_a_classifier_that_reads_both_ways(monkeypatch):
@@ -110,9 +125,9 @@ def test_a_classifier_that_reads_both_ways(monkeypatch):
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
     layers, calls = linear_layers(model, "attention|intermediate"), counted(monkeypatch)
     with frozen(model):
-        assert fast_paths(model, batch, layers, classification) == ["attention"]
+        assert fast_paths(model, batch, layers, classification) == ["kernels"]
         slow, fast = (token_gradients(model, batch, layers, classification, fast=taken)
-                      for taken in ([], ["attention"]))
+                      for taken in ([], ["kernels"]))
     assert calls
     for name in layers:
         assert torch.allclose(slow.outputs[name], fast.outputs[name], rtol=1e-10, atol=1e-12)
@@ -121,8 +136,8 @@ def test_a_classifier_that_reads_both_ways(monkeypatch):
 def test_a_wrong_kernel_is_not_taken(monkeypatch):
     model = tiny.llama()
     layers, batch = linear_layers(model, "mlp"), tiny.batches(tiny.stories())[0]
-    attend = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *args: attend(*args) * (1 + 1e-6))
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *args: attend(*args) * (1 + 1e-6))
     with frozen(model):
         assert fast_paths(model, batch, layers, causal_lm) == ["head"]
 
@@ -130,7 +145,7 @@ def test_a_wrong_kernel_is_not_taken(monkeypatch):
 def test_what_the_blocks_do_not_do_goes_to_pytorch(monkeypatch):
     calls = counted(monkeypatch)
     q = torch.randn(2, 4, 6, 8)
-    with attention.block_attention(torch.nn.Identity()):
+    with kernels.fast_kernels(torch.nn.Identity()):
         per_head = torch.ones(2, 4, 6, 6, dtype=torch.bool).tril()
         learned = torch.zeros(6, 6, requires_grad=True)
         for args, options in (((q, q, q), {"attn_mask": per_head}), ((q, q, q), {"attn_mask": learned}),
@@ -152,7 +167,7 @@ def test_a_mask_may_leave_out_axes_as_in_pytorch(shape, monkeypatch):
     calls, q = counted(monkeypatch), torch.randn(2, 4, 6, 8, dtype=torch.float64)
     mask = torch.rand(shape) < 0.5
     mask[..., 2] = True
-    with attention.block_attention(torch.nn.Identity()):
+    with kernels.fast_kernels(torch.nn.Identity()):
         ours = F.scaled_dot_product_attention(q, q, q, mask)
     assert calls and torch.allclose(ours, F.scaled_dot_product_attention(q, q, q, mask), rtol=1e-11, atol=1e-12)
 
@@ -160,7 +175,7 @@ def test_a_mask_may_leave_out_axes_as_in_pytorch(shape, monkeypatch):
 def test_the_model_comes_back_as_it_was():
     model = neo()
     before = [set(vars(module)) for module in model.modules()]
-    with pytest.raises(RuntimeError, match="stop"), attention.block_attention(model):
-        assert ["_attn" in vars(module) for module in model.modules()].count(True) == 2
+    with pytest.raises(RuntimeError, match="stop"), kernels.fast_kernels(model):
+        assert [{"_attn", "forward"} & set(vars(module)) != set() for module in model.modules()].count(True) == 4
         raise RuntimeError("stop")
     assert [set(vars(module)) for module in model.modules()] == before
