@@ -3,6 +3,7 @@
 What a file belongs to is its `job`, a dict of JSON values (weights, data, layers, seed, ...) that is stored with it.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .gradients import by_length, digest_tensors
+from .examples import by_length, digest_tensors
 from .ranks import rank, size
 
 BLOCK = 32  # batches that are regrouped by length together, and after which a job can be taken up again
@@ -68,6 +69,9 @@ def digest_of(tensors):
 def job_of(model, task, data, values):
     """The job: its model (all weights, for all of them shape the gradients), task, data (a hashlib object) and more."""
     named = task if hasattr(task, "__qualname__") else type(task)
+    if named is functools.partial or "<lambda>" in named.__qualname__ or getattr(task, "__closure__", None):
+        raise ValueError("task: what is saved must be told from another task's by its name: give a def, no lambda, "
+                         "partial or function that closes over values")
     return {"model": type(model).__name__, "weights": digest_of(model.state_dict()),
             "task": f"{named.__module__}.{named.__qualname__}", "data": data.hexdigest(),
             "ranks": size(), "block": BLOCK} | values

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .gradients import check_targets, fastest_gradients
+from .examples import check_targets
+from .gradients import fastest_gradients
 from .influence import check_factors, collect, sequence_gradients, sequence_scores
 from .layers import frozen
 from .tasks import causal_lm

@@ -10,12 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoint import Checkpoint, accumulate, digest_of, job_of, replace, sums
-from .gradients import check_targets, fastest_gradients, finite
+from .examples import check_targets, digest_tensors
+from .gradients import fastest_gradients, finite
 from .layers import frozen, layer_shapes
 from .ranks import add_up, eigenvectors
 from .tasks import causal_lm
 
 KEEP_BYTES = 1 << 30  # of gradients kept for the second pass, and as much again of ∂L/∂h; the rest runs anew
+ROUNDING = 1e-14  # of a layer's largest eigenvalue: below it, an undamped one is noise
 MATRICES = ("A", "S", "Q_A", "Q_S", "Lambda")
 
 
@@ -56,9 +58,10 @@ class EKFACFactors:
         added = 0.1 * Lambda.mean() if damping is None else damping
         if not added >= 0:
             raise ValueError(f"damping must be None or a number of at least 0, got {damping}")
-        if not bool((Lambda + added > 0).all()):
-            raise ValueError(f"damping={damping} leaves zero eigenvalues in Lambda of {name!r}, which cannot be "
-                             "divided by: give a damping above 0")
+        least = 0 if added > 0 else ROUNDING * Lambda.max()
+        if not bool((Lambda + added > least).all()):
+            raise ValueError(f"damping={damping} leaves zero eigenvalues in Lambda of {name!r}, up to rounding, which "
+                             "cannot be divided by: give a damping above 0")
         return Lambda + added
 
     def save(self, directory):
@@ -122,7 +125,7 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
     tokens = max(counts.values())
     pooled = tuple(name for name in layers if counts[name] == n) if tokens > n else ()
     return EKFACFactors(A, S, Q_A, Q_S, {name: Lambda[name] / n for name in layers}, n, tokens, pooled,
-                        fingerprint(model, layers))
+                        fingerprint(model))
 
 
 def _second_moments(shapes, gradients, fold, device):
@@ -197,10 +200,9 @@ def _digest(tensors, meta):
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
-def fingerprint(model, layers):
-    """A digest of the studied weights: factors belong to one model."""
+def fingerprint(model):
+    """A digest of all weights in float32, since all of them shape the gradients: factors belong to one model."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in layers:
-        weight = model.get_submodule(name).weight.detach().float().cpu().contiguous()
-        digest.update(name.encode() + weight.numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        digest_tensors({name: parameter.float()}, digest)
     return digest.hexdigest()

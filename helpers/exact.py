@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch.func import functional_call, grad, vjp, vmap
 
-from .gradients import check_targets
+from .examples import check_targets
 from .kernels import eager_attention
 from .layers import frozen
 from .tasks import IGNORED, asked, summed_loss

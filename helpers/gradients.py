@@ -38,6 +38,8 @@ def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None)
             top, upstream, hidden = _head_upstream(model, batch, seed, hidden)
         else:
             outputs, targets = asked(task, model, batch)
+            if not bool(targets_per_example(targets).all()):
+                raise ValueError("batches: an example has no target (all of its labels are -100): leave it out")
             if seed is not None:
                 targets = draw_targets(outputs, targets, keyed_uniforms(batch, targets, seed))
             top, upstream = summed_loss(outputs, targets), None
@@ -100,13 +102,20 @@ def _one_layer(model, batch, name, a, grad):
     mask, tokens = batch.get("attention_mask"), a.dim() > 2
     a, grad = (x.flatten(1, -2) if tokens else x[:, None] for x in (a, grad))
     a, grad = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, grad))
+    if tokens and mask is not None and mask.shape != a.shape[:2]:
+        raise ValueError(f"layers: {name!r} sees {a.shape[1]} positions where attention_mask is {tuple(mask.shape)}, "
+                         "so that pads cannot be told from tokens: leave it out of the pattern")
+    real = mask.bool() if tokens and mask is not None else None
+    real = None if real is None or bool(real.all()) else real
     if model.get_submodule(name).bias is not None:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
-    real = mask.bool() if tokens and mask is not None and mask.shape == a.shape[:2] else None
-    if real is None or bool(real.all()):
-        return a, grad, None
-    pads = ~real[..., None]
-    return a.masked_fill(pads, 0), grad.masked_fill(pads, 0), real
+    elif real is not None:
+        a = a.clone()  # it is the model's own
+    if real is not None:
+        pads = (~real).nonzero(as_tuple=True)  # few rows: masked_fill would go through all of them
+        a[pads] = 0
+        grad = grad.index_put(pads, grad.new_zeros(())) if bool(grad[pads].any()) else grad
+    return a, grad, real
 
 
 def fast_paths(model, batch, layers, task):
@@ -143,82 +152,9 @@ def last_hidden(model, batch):
     return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
 
-def check_targets(batches, task, argument, digest=None):
-    """(examples, widest `input_ids`); `digest`, a hashlib object if given, is updated with everything in the batches.
-
-    Raises ValueError for no batches, an empty one, or an example that takes no loss (which batch, which row).
-    """
-    if not len(batches):
-        raise ValueError(f"{argument}: got no batches; tokenize(texts, tokenizer) makes them")
-    examples = width = 0
-    for number, batch in enumerate(batches):
-        if not len(next(iter(batch.values()))):
-            raise ValueError(f"{argument}: batch {number} has no examples; leave it out")
-        examples += len(next(iter(batch.values())))
-        width = max(width, batch["input_ids"].shape[-1] if "input_ids" in batch else 0)
-        if digest is not None:
-            digest_tensors(batch, digest)
-        if task is not causal_lm:
-            continue
-        taken = targets_per_example(batch["labels"][:, 1:])
-        if not bool(taken.all()):
-            row = int(taken.eq(0).nonzero()[0])
-            raise ValueError(f"{argument}: batch {number}, row {row} has no target (every label after the first is "
-                             "-100): give at least two tokens, the last of them labelled")
-    return examples, width
-
-
-def digest_tensors(tensors, digest):
-    """Updates a hashlib object with the names, shapes, dtypes and bytes of {name: tensor}."""
-    for name, value in tensors.items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
 def finite(value, name, rows):
     """`value`, or ValueError where it holds NaN or infinity, with the layer and the examples."""
     if not bool(value.isfinite().all()):
         raise ValueError(f"batches: NaN or infinite gradients in layer {name!r}, in the batch of examples "
                          f"{rows.tolist()} (numbered in the order given)")
     return value
-
-
-def by_length(batches):
-    """[(rows [B], batch)]: the examples regrouped by length into batches as large as the largest, pads trimmed.
-
-    `rows` index the examples in their given order. Only language-model batches (2-D `input_ids` and `attention_mask`)
-    are regrouped, with the pads they came with (a classifier may look for its pad id); others, and batches without
-    any pad, come back as they are. Left padding stays, since positions may count it.
-    """
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    text = all({"input_ids", "attention_mask"} <= set(batch) and batch["input_ids"].dim() == 2 for batch in batches)
-    padded = next((batch for batch in batches if not batch["attention_mask"].all()), None) if text else None
-    if padded is None:
-        return list(zip(torch.arange(sum(sizes)).split(sizes), batches))
-    at = tuple(padded["attention_mask"].eq(0).nonzero()[0])
-    pads = {key: padded[key][at] for key in padded if padded[key].shape[:2] == padded["input_ids"].shape}
-    pads |= {"labels": torch.full_like(pads["labels"], IGNORED)} if "labels" in pads else {}
-    examples = [(batch, row) for batch, size in zip(batches, sizes) for row in range(size)]
-    lengths = [length for batch in batches for length in _lengths(batch["attention_mask"]).tolist()]
-    order = sorted(range(len(examples)), key=lambda i: lengths[i])
-    groups = [order[i:i + max(sizes)] for i in range(0, len(order), max(sizes))]
-    return [(torch.tensor(group), _gather([examples[i] for i in group], lengths[group[-1]], pads)) for group in groups]
-
-
-def _lengths(mask):
-    """Columns up to the last real one, [B]."""
-    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-
-
-def _gather(examples, length, pads):
-    """One batch of the given (batch, row) pairs: the token axes, those in `pads`, cut or padded on the right."""
-    out = {}
-    for key in examples[0][0]:
-        values = []
-        for batch, row in examples:
-            value = batch[key][row]
-            if key in pads:
-                value = torch.cat([value[:length], pads[key].expand(length - len(value[:length]), *pads[key].shape)])
-            values.append(value)
-        out[key] = torch.stack(values)
-    return out

@@ -21,8 +21,11 @@ def head_gradient(hidden, head, targets, uniforms=None):
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         logits = torch.mm(hidden[part], weight.T) if bias is None else torch.addmm(bias, hidden[part], weight.T)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums over a vocabulary need it
         p = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         total, y = _total_and_draw(p, None if uniforms is None else uniforms[part])
+        if p.dtype != weight.dtype:
+            p, total = p.div_(total[:, None]).to(weight.dtype), torch.ones_like(total, dtype=weight.dtype)
         torch.mm(p, weight, out=out[part])
         out[part] /= total[:, None]
         out[part] -= weight[targets[part] if y is None else y]

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from .checkpoint import digest_of, job_of
 from .ekfac import fingerprint, rotated_gradients
-from .gradients import by_length, check_targets, fastest_gradients, finite
+from .examples import by_length, check_targets
+from .gradients import fastest_gradients, finite
 from .layers import frozen, layer_shapes
 from .output_tokens import output_token_scores
 from .streaming import stream_scores
@@ -84,7 +85,7 @@ def check_factors(model, factors):
         if tuple(factors.Lambda[name].shape) != shape:
             raise ValueError(f"factors: Lambda of {name!r} is {tuple(factors.Lambda[name].shape)}, that layer's "
                              f"gradient is {shape}: these are the factors of another model")
-    if factors.fingerprint and factors.fingerprint != fingerprint(model, layers):
+    if factors.fingerprint and factors.fingerprint != fingerprint(model):
         raise ValueError("factors: they were fitted at other weights than this model's; fit again, or say that you "
                          'mean it with dataclasses.replace(factors, fingerprint="")')
 
@@ -153,9 +154,9 @@ def self_influence(model, factors, train, task=causal_lm, damping=None, progress
     check_targets(train, task, "train")
     groups, layers = by_length(train), list(factors.A)
     scale = {name: factors.damped(name, damping).rsqrt() for name in layers}
-    scores = torch.zeros(sum(len(rows) for rows, _ in groups), dtype=torch.float64)
     gradients = fastest_gradients(model, layers, task)
     with frozen(model):
+        scores = torch.zeros(sum(len(rows) for rows, _ in groups), dtype=torch.float64)
         for rows, batch in tqdm(groups, "self-influence", disable=not progress):
             got = gradients(batch)
             for name in layers:
@@ -169,12 +170,14 @@ def top_k(scores, k):
     """A DataFrame (query, rank, train, score): for every query its k most helpful, then its k most harmful, best first.
 
     scores: [query, train]. rank counts 1..k from the most helpful, and −1..−k from the most harmful. Raises ValueError
-    where k is below 1 or 2k is above the number of training examples.
+    where k is below 1 or 2k is above the number of training examples, and for scores that are not finite.
     """
     scores = torch.as_tensor(scores)
     if scores.dim() != 2 or not 1 <= k <= scores.shape[1] // 2:
         raise ValueError(f"k={k} with scores of shape {tuple(scores.shape)}: scores must be [query, train], and k "
                          "from 1 to half of the training examples")
+    if not bool(scores.isfinite().all()):
+        raise ValueError("scores: some are NaN or infinite, which have no rank")
     order = scores.argsort(1, descending=True)
     order = torch.cat([order[:, :k], order.flip(1)[:, :k]], 1)
     ranks = [*range(1, k + 1), *range(-1, -k - 1, -1)]

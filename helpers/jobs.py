@@ -44,7 +44,9 @@ class StoryBatches:
         return -(-len(self.stories) // self.batch_size)
 
     def __getitem__(self, at):
-        first, last, _ = at.indices(len(self)) if isinstance(at, slice) else (range(len(self))[at], None, 1)
+        first, last, step = at.indices(len(self)) if isinstance(at, slice) else (range(len(self))[at], None, 1)
+        if step != 1:
+            raise ValueError(f"batches: they are read in steps of 1, got {at}")
         found, _ = self._read(first, first + 1 if last is None else last)
         return found if isinstance(at, slice) else found[0]
 

@@ -12,11 +12,16 @@ from transformers.pytorch_utils import Conv1D
 def linear_layers(model, pattern):
     """Names of the `nn.Linear` and GPT-2 `Conv1D` modules of `model` that `re.search(pattern, name)` finds, in order.
 
-    Raises ValueError where nothing is matched (the names there are, are listed) and where a matched module shares its
+    Raises ValueError for a pattern that is no regular expression or matches nothing (the names there are, are listed)
+    and where a matched module shares its
     weight with another one (a tied output head: its gradient would be half of the truth).
     """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"layers: pattern {pattern!r} is no regular expression ({error})") from error
     linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    found = [name for name in linear if re.search(pattern, name)]
+    found = [name for name in linear if wanted.search(name)]
     if not found:
         names = ", ".join(linear) or "none"
         raise ValueError(f"layers matched nothing for pattern {pattern!r} in {type(model).__name__}; "
@@ -58,14 +63,17 @@ def layer_shapes(model, layers):
 
 @contextmanager
 def frozen(model):
-    """Evaluation mode and no parameter gradients inside; the model comes back as it was, also after an exception."""
+    """Evaluation mode, no parameter gradients, no autocast and no inference mode inside; the model comes back as it
+    was, also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
     wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         for parameter, _ in wants:
             parameter.requires_grad_(False)
-        yield
+        device = wants[0][0].device.type if wants else "cpu"
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -82,10 +90,10 @@ def capture(model, layers):
     gradient is formed. A layer that one forward pass calls twice is refused: its gradient is a sum that one pair cannot
     hold.
     """
-    taken, handles = {}, []
+    taken, handles, fused = {}, [], torch.backends.mha.get_fastpath_enabled()
 
     def hook(name):
-        def read(module, inputs, output):
+        def read(module, inputs, named, output):
             if name in taken:
                 raise ValueError(f"layers: {name!r} is called twice in one forward pass; EK-FAC needs one call: "
                                  "leave it out of the pattern")
@@ -93,14 +101,17 @@ def capture(model, layers):
                 raise ValueError(f"layers: {name!r} runs without gradients, in a part of the model under no_grad: "
                                  "leave it out of the pattern")
             start = not output.requires_grad
-            taken[name] = (inputs[0].detach(), inputs[0]._version, get_gradient_edge(output.requires_grad_()))
+            a = inputs[0] if inputs else next(iter(named.values()))
+            taken[name] = (a.detach(), a._version, get_gradient_edge(output.requires_grad_()))
             return output.clone() if start else None  # autograd lets no leaf be changed in place
         return read
 
     try:
-        for name in layers:
-            handles.append(check_layer(model, name).register_forward_hook(hook(name)))
+        torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, which calls no layer
+        for name in layers:  # first of all hooks: what the layer gave, before another one changes it
+            handles.append(check_layer(model, name).register_forward_hook(hook(name), prepend=True, with_kwargs=True))
         yield taken
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()

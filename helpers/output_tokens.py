@@ -6,7 +6,8 @@ from torch.func import functional_call, jvp, vmap
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .gradients import by_length, fast_paths, last_hidden
+from .examples import by_length
+from .gradients import fast_paths, last_hidden
 from .head import head_gradient
 from .kernels import eager_attention
 from .tasks import IGNORED, summed_loss
@@ -96,7 +97,8 @@ def _batch_scores(call, weights, tangents, batch, fast):
         if not start:
             before = _first_position(batch, targets)
             upstream = _head_upstream(call.model, outputs, targets) if fast else _upstream(outputs, targets)
-        scores.append((moved * upstream).flatten(3).sum(3))
+        single = torch.promote_types(moved.dtype, torch.float32)
+        scores.append((moved.to(single) * upstream.to(single)).flatten(3).sum(3))
     return F.pad(torch.cat(scores), (before, 0))
 
 

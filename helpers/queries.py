@@ -43,6 +43,9 @@ def load_sources(model_source, stories_source=None, limit=None):
     try:
         held_out = list(load_stories(stories_source, "validation", HELD_OUT)["text"])
     except FileNotFoundError:
+        if len(stories) <= HELD_OUT:
+            raise ValueError(f"stories: {stories_source!r} has no validation split and {len(stories)} stories; give "
+                             f"more than {HELD_OUT}, of which the last are held out") from None
         print("No validation split: the openings are those of the last training stories, which are left out.")
         stories, held_out = stories[:-HELD_OUT], stories[-HELD_OUT:]
     return lm, stories, held_out, model_source == stories_source == "bundled"

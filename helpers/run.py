@@ -66,6 +66,8 @@ def prepare(model_source, stories_source):
     lm, stories, held_out, planted = load_sources(model_source, stories_source)
     queries = known_facts(lm, TOLD) if planted else []
     queries += continued(lm, held_out, 1 if planted else 4)
+    if not queries:
+        raise ValueError("stories: none that is held out opens with a sentence to ask about (25 to 200 characters)")
     return lm, stories, queries, linear_layers(lm.model, LAYERS), tokenize(stories, lm.tokenizer, MAX_LENGTH)
 
 

@@ -6,7 +6,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .ekfac import fit_ekfac
-from .gradients import check_targets, token_gradients
+from .examples import check_targets
+from .gradients import token_gradients
 from .influence import influence
 from .layers import frozen, layer_shapes
 from .tasks import asked, causal_lm, summed_loss, targets_per_example
@@ -36,7 +37,7 @@ def check_setup(model, batches, layers, task=causal_lm):
     Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size: the step θ ± η P(∇L_m) along
     the first example's preconditioned gradient changes its loss by ∓ η I(m, m) (None in half precision, which loses so
     small a step). The first examples of the first batch are used; the model comes back as it was. Raises as fit_ekfac
-    does.
+    does, for pads with a label as well.
     """
     check_targets(batches, task, "batches")
     batch = {key: value[:FEW] for key, value in batches[0].items()}
@@ -68,9 +69,10 @@ def _labels(model, batch, task, rtol):
         mean = None
     finally:
         logging.set_verbosity(level)
-    if mean is None:
-        return "labels", None, "the model gives no loss of its own", "", told
-    found, n = _loss(model, batch, task), int(targets_per_example(asked(task, model, batch)[1]).sum())
+    targets = asked(task, model, batch)[1]
+    if mean is None or targets.is_floating_point():
+        return "labels", None, "the model gives no loss of its own, or one of another unit", "", told
+    found, n = _loss(model, batch, task), int(targets_per_example(targets).sum())
     return "labels", _close(found, float(mean) * n, rtol), found, float(mean) * n, told
 
 
@@ -84,8 +86,8 @@ def _one_by_one(model, batch, task, rtol):
 
 def _pads(model, batch, task, rtol):
     told = "give attention_mask = 0 and label -100 to every pad; the model must use the mask"
-    mask, labels = batch.get("attention_mask"), batch["labels"]
-    if mask is None or labels.shape != mask.shape:
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is None or labels is None or labels.shape != mask.shape:
         return "pads", None, "no labels along a token axis with a mask", "", told
     last = (labels != -100).long().cumsum(1).argmax(1)  # the last target of every example
     behind = (torch.arange(mask.shape[1], device=mask.device) > last[:, None]) & mask.bool()

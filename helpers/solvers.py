@@ -195,9 +195,8 @@ def _krylov(A, start, steps):
 
 
 def _orthogonal(w, Q):
-    for _ in range(2):  # once leaves rounding errors of the size of what is left
-        w = w - Q @ (Q.T @ w)
-    return w
+    w = w - Q @ (Q.T @ w)
+    return w - Q @ (Q.T @ w)  # once leaves rounding errors of the size of what is left
 
 
 def _sampler(sample_matvec):
@@ -212,8 +211,9 @@ def _sampler(sample_matvec):
 
 
 def _operator(matvec, v, damping):
-    if not isinstance(v, torch.Tensor) or v.dim() not in (1, 2) or not v.numel() or not v.is_floating_point():
-        raise ValueError(f"v: got {getattr(v, 'shape', type(v).__name__)}; give floating vectors, [P] or [P, k]")
+    if not (isinstance(v, torch.Tensor) and v.dim() in (1, 2) and v.numel() and v.is_floating_point()
+            and v.isfinite().all()):
+        raise ValueError(f"v: got {getattr(v, 'shape', type(v).__name__)}; give finite floating vectors, [P] or [P, k]")
     if not damping >= 0:
         raise ValueError(f"damping must be a number of at least 0, got {damping}")
     product = _checked(matvec, v, "matvec")

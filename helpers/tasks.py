@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100
+CHUNK = 4_000_000  # outputs whose distribution function is held at a time
 
 
 def causal_lm(model, batch):
@@ -20,7 +21,10 @@ def causal_lm(model, batch):
 
 
 def classification(model, batch):
-    """One label an example: logits [B, C] of `model(**inputs)` and integer labels [B]."""
+    """One label an example: logits [B, C] of `model(**inputs)` and integer labels [B]; ValueError for floating ones."""
+    if batch["labels"].is_floating_point():
+        raise ValueError(f"labels: classification takes integer classes, got {batch['labels'].dtype}; for floating "
+                         "targets with the loss ½‖y − f‖² take regression")
     return _outputs(model, batch), batch["labels"]
 
 
@@ -59,7 +63,7 @@ def summed_loss(outputs, targets):
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if targets.is_floating_point():
         return 0.5 * (targets - outputs).square().sum()
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
 
 
 def targets_per_example(targets):
@@ -77,9 +81,15 @@ def draw_targets(outputs, targets, uniforms):
     if targets.is_floating_point():
         return outputs.detach() + torch.special.ndtri(uniforms).to(outputs.dtype)
     check_classes(targets[targets != IGNORED], outputs.shape[-1])
-    cdf = outputs.detach().double().softmax(-1).cumsum(-1)
-    drawn = (cdf < uniforms[..., None] * cdf[..., -1:]).sum(-1).clamp_(max=cdf.shape[-1] - 1)
+    rows = max(1, CHUNK // outputs.shape[-1])
+    parts = zip(outputs.detach().flatten(0, -2).split(rows), uniforms.flatten().split(rows))
+    drawn = torch.cat([_inverse(part.double().softmax(-1).cumsum(-1), u) for part, u in parts]).view(targets.shape)
     return torch.where(targets == IGNORED, targets, drawn)
+
+
+def _inverse(cdf, uniforms):
+    """The first class [n] at which the distribution function [n, C] reaches the uniforms [n]."""
+    return (cdf < uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp_(max=cdf.shape[-1] - 1)
 
 
 def check_classes(targets, classes):
@@ -114,7 +124,8 @@ def _key(batch, row, seed):
         value = batch[name][row]
         if mask is not None and value.shape[:1] == mask.shape[1:]:
             value = value[mask[row].bool()]
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + value.numpy().tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .gradients import by_length, fastest_gradients, finite
+from .examples import by_length
+from .gradients import fastest_gradients, finite
 
 CHUNK = 1 << 23  # numbers held in one block of per-token gradients
 

@@ -126,7 +126,8 @@ def test_language_models(kind):
         assert close(got, sum(loop[index] * loop[2] for loop in loops) / 3, rtol)
     whole = tiny.batches(tiny.stories(3, prompt=2), 3, extra_pads=3)[0]  # one batch, more pads: the same matrix
     assert close(hessian(model, whole, causal_lm), H, rtol) and close(ggn(model, whole, causal_lm), G, rtol)
-    unmasked = {**whole, "labels": whole["labels"].where(whole["labels"] != IGNORED, whole["input_ids"])}
+    unmasked = {**whole, "attention_mask": torch.ones_like(whole["input_ids"]),
+                "labels": whole["labels"].where(whole["labels"] != IGNORED, whole["input_ids"])}
     assert not close(ggn(model, unmasked, causal_lm), G, 0.01)  # control: pads and prompts with a loss
 
 

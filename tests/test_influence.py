@@ -215,7 +215,8 @@ def test_the_models_state_comes_back_also_after_an_exception(fitted):
     model.train()
     first = next(model.parameters())
     first.requires_grad_(False)
-    bad = [{**tiny.batches(EXAMPLES)[0], "labels": torch.full_like(tiny.batches(EXAMPLES)[0]["labels"], 10_000)}]
+    labels = tiny.batches(EXAMPLES)[0]["labels"]
+    bad = [{**tiny.batches(EXAMPLES)[0], "labels": labels.masked_fill(labels != -100, 10_000)}]
     influence(model, factors, tiny.batches(QUERIES), tiny.batches(EXAMPLES), **QUIET)
     with pytest.raises(IndexError, match="out of"):
         influence(model, factors, tiny.batches(QUERIES), bad, **QUIET)

@@ -307,5 +307,6 @@ def test_derivatives_that_are_not_finite():
     examples = [(torch.arange(6), torch.arange(6))] * 2 + [(torch.arange(8), torch.arange(8))]
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")  # token 7 is in the third example only
+    factors = dataclasses.replace(factors, fingerprint="")
     with pytest.raises(ValueError, match=r"NaN or infinite derivatives in the batch of examples \[2\]"):
         influence(model, factors, tiny.batches(examples[:1]), tiny.batches(examples, 2), per="output_token", **QUIET)

@@ -53,6 +53,9 @@ def test_every_mistake_fails_its_check():
     assert "labels" in failed(check_setup(model, [batch_of()], layers, twice))
     assert {"labels", "one by one"} <= failed(check_setup(model, [batch_of()], layers, mean))
     assert failed(check_setup(model, [batch_of(mask=False)], layers)) == {"pads"}
+    paid = batch_of() | {"labels": batch_of()["input_ids"]}  # the usual slip: labels = input_ids.clone()
+    with pytest.raises(ValueError, match="batch 0, row 1 has a label at position 6, which is a pad"):
+        check_setup(model, [paid], layers)
     no_mask = lambda model, batch: causal_lm(model, {k: v for k, v in batch.items() if k != "attention_mask"})
     bidirectional = lambda model, batch: (model(input_ids=batch["input_ids"].flip(1)).logits.flip(1)[:, :-1],
                                           batch["labels"][:, 1:])  # fmt: skip
