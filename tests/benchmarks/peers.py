@@ -31,7 +31,7 @@ from helpers import load_lm, load_stories, tokenize
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SIDES = ("ours", "kronfluence", "bergson", "pydvl", "dattri")
+SIDES = ("ours", "kronfluence", "bergson", "pydvl", "dattri", "prototype")
 COLUMNS = ["what", "side", "s", "cpu", "mib", "ratio", "model", "stories", "queries", "repeats", "threads", "layers",
            "difference"]  # of peers.csv; ratio is of processor time, difference that of the scores with true labels
 
@@ -40,7 +40,8 @@ class Side:
     """A running peer_<side>.py; ask(order) -> its answer."""
 
     def __init__(self, name, python, folder, threads):
-        python = sys.executable if name == "ours" else python.get(name, ROOT.parent / name / "bin/python")
+        own = name in ("ours", "prototype")
+        python = sys.executable if own else python.get(name, ROOT.parent / name / "bin/python")
         self.log = tempfile.TemporaryFile("w+")
         env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen([python, "-W", "ignore", HERE / f"peer_{name}.py", folder, str(threads)],
