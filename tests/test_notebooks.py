@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SAVED = re.compile(r"""save_figure\(\s*\w+\s*,\s*["']([\w-]+)["']""")
+SAVED = re.compile(r"""save_figure\(.*?,\s*["']([\w-]+)["']\)""")
 LINK = re.compile(r"""\]\(([^)\s#]+)|(?:src|href)=["']([^"'#]+)""")
 PROGRESS = re.compile(r"\d+%\||\d(it/s|s/it)\b|\r")
 UNWANTED = re.compile(r"/work/|/root/|/home/|/Users/|/tmp/|\.\./shared|\bTODO\b|\bFIXME\b|\bXXX\b")
