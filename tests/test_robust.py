@@ -1,25 +1,31 @@
 """What a user's model and batches bring along: patches and hooks, autocast, inference mode, odd layers and labels."""
 
+import dataclasses
 import functools
 
+import datasets
 import pytest
 import tiny
 import torch
 from torch import nn
 
 from helpers import (
+    arnoldi,
     causal_lm,
+    cg,
     check_setup,
     classification,
     fit_ekfac,
     influence,
     linear_layers,
+    nystrom,
     regression,
     self_influence,
     top_k,
 )
 from helpers.examples import by_length
 from helpers.head import head_gradient
+from helpers.jobs import StoryBatches
 from helpers.layers import capture, frozen
 from helpers.tasks import keyed_uniforms
 
@@ -167,20 +173,18 @@ def test_layers_that_see_other_positions_than_the_mask_are_refused():
 
 
 def test_half_precision_keeps_the_sums_over_a_vocabulary():
-    torch.manual_seed(0)
-    head, hidden = nn.Linear(8, 256), torch.randn(64, 8)
-    exact = head_gradient(hidden.double(), nn.Linear(8, 256).double().requires_grad_(False), torch.zeros(64).long())
-    assert exact.dtype is torch.float64
-    flat = nn.Linear(8, 150_000, bias=False).half()
+    flat = nn.Linear(8, 150_000, bias=False).half()  # the sum of its probabilities is more than float16 holds
     with torch.no_grad():
         flat.weight.zero_(), flat.weight[0].fill_(1)
     got = head_gradient(torch.zeros(2, 8).half(), flat, torch.tensor([0, 1]))
     assert bool(got.isfinite().all()) and float(got[0, 0]) == pytest.approx(-1, abs=1e-3)
-    half, u = head.bfloat16(), (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    from helpers.head import _total_and_draw
-    p = half(hidden[:1].bfloat16()).float().softmax(-1).detach()
-    _, drawn = _total_and_draw(p.expand(4000, -1).clone(), u)
-    assert (torch.bincount(drawn, minlength=256) / 4000 - p[0]).abs().max() < 1e-3
+    n, head = 20_000, nn.Linear(256, 256, bias=False).bfloat16()
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(256))  # the gradient is p − onehot(y), so that y can be read off it
+    hidden = torch.randn(1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    drawn = head_gradient(hidden.expand(n, -1).contiguous(), head, torch.zeros(n).long(), uniforms).argmin(1)
+    assert (torch.bincount(drawn, minlength=256) / n - hidden[0].float().softmax(-1)).abs().max() < 3e-4
 
 
 def test_what_is_saved_belongs_to_a_task_with_a_name(tmp_path):
@@ -208,3 +212,40 @@ def test_scores_that_are_not_finite_have_no_rank():
         top_k(torch.tensor([[1.0, float("nan"), 2.0, 3.0]]), 1)
     with pytest.raises(ValueError, match=r"pattern '\(' is no regular expression"):
         linear_layers(tiny.gpt2(), "(")
+
+
+def test_factors_belong_to_all_weights_of_a_model():
+    model = tiny.gpt2()
+    factors = fit_ekfac(model, BATCHES, linear_layers(model, "mlp"), **QUIET)
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] += 1e-3  # no studied layer, and yet the gradients are others
+    with pytest.raises(ValueError, match="fitted at other weights"):
+        influence(model, factors, BATCHES, BATCHES, **QUIET)
+
+
+def test_eigenvalues_that_are_rounding_are_not_divided_by():
+    model = tiny.gpt2()
+    layers = linear_layers(model, "mlp")
+    factors = fit_ekfac(model, BATCHES, layers, **QUIET)
+    noise = {name: torch.where(x == x.min(), 1e-20 * x.max(), x) for name, x in factors.Lambda.items()}
+    with pytest.raises(ValueError, match="damping=0.0 leaves zero eigenvalues"):
+        dataclasses.replace(factors, Lambda=noise).damped(layers[0], 0.0)
+    dataclasses.replace(factors, Lambda=noise).damped(layers[0], 1e-30)
+
+
+@pytest.mark.parametrize("solver", [cg, arnoldi, nystrom])
+def test_solvers_take_finite_vectors_only(solver):
+    with pytest.raises(ValueError, match="give finite floating vectors"):
+        solver(lambda u: u, torch.tensor([1.0, float("nan"), 2.0]).double(), 0.1)
+
+
+def test_half_precision_scores_of_output_tokens_are_single():
+    model = tiny.gpt2().bfloat16()
+    factors = fit_ekfac(model, BATCHES, linear_layers(model, "mlp"), **QUIET)
+    assert influence(model, factors, BATCHES, BATCHES, per="output_token", **QUIET).dtype is torch.float32
+
+
+def test_story_batches_are_read_in_steps_of_one():
+    batches = StoryBatches(datasets.Dataset.from_dict({"text": ["a"] * 9}), None, batch_size=2)
+    with pytest.raises(ValueError, match="in steps of 1"):
+        batches[::2]
