@@ -47,6 +47,9 @@ def _size(batch, what):
 
 def _check_labels(batch, what):
     """ValueError where a causal language model's labels are missing, lie on or beside a pad, or are all -100."""
+    if "input_ids" not in batch:
+        raise ValueError(f"{what} has {', '.join(map(repr, batch))}; causal_lm reads input_ids, "
+                         "attention_mask and labels: another input needs a task of its own")
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if labels is None or labels.shape != batch["input_ids"].shape:
         raise ValueError(f"{what}: labels must have the shape {tuple(batch['input_ids'].shape)} of input_ids, got "

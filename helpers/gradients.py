@@ -8,7 +8,16 @@ import torch
 from .head import head_gradient
 from .kernels import fast_kernels
 from .layers import capture
-from .tasks import IGNORED, asked, causal_lm, draw_targets, keyed_uniforms, summed_loss, targets_per_example
+from .tasks import (
+    IGNORED,
+    asked,
+    causal_lm,
+    draw_targets,
+    keyed_uniforms,
+    read_by_model,
+    summed_loss,
+    targets_per_example,
+)
 
 
 @dataclass(frozen=True)
@@ -148,8 +157,7 @@ def _known_head(model, batch, layers):
 
 def last_hidden(model, batch):
     """What the head of a causal language model gets, [B, T, d]."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return model.base_model(**read_by_model(batch), use_cache=False)[0]
 
 
 def finite(value, name, rows):

@@ -21,7 +21,8 @@ def output_token_scores(model, train, directions, task, progress=True):
     directions: {layer: P(∇L_q) [query, d_out, d_in (+1)]}, all layers of one query together: its sum over tokens is
     the sequence score. Position t is that of the token whose loss it is: targets one shorter than `input_ids`, as
     those of `causal_lm`, begin at 1, others at 0; no target, no score. The model must be `frozen`. Raises ValueError
-    for targets without a token axis or of another length, and for derivatives that are not finite.
+    for targets without a token axis or of another length, and for derivatives that are not finite; RuntimeError where
+    forward-mode AD does not go through the model.
     """
     weights, tangents = _studied(model, directions)
     groups = [piece for group in by_length(train) for piece in _pieces(*group, tangents)]
@@ -93,7 +94,12 @@ def _batch_scores(call, weights, tangents, batch, fast):
     scores, size = [], _at_once(batch, tangents)[1]
     for start in range(0, len(next(iter(tangents.values()))), size):
         some = {name: value[start:start + size] for name, value in tangents.items()}
-        outputs, moved, targets = vmap(push, out_dims=(None, 0, None))(some)
+        try:
+            outputs, moved, targets = vmap(push, out_dims=(None, 0, None))(some)
+        except RuntimeError as error:
+            raise RuntimeError(f"per='output_token': {type(call.model).__name__} cannot be differentiated forwards "
+                               f"({str(error):.120}...): take per='token', or, where a hook calls requires_grad_, "
+                               "model.disable_input_require_grads()") from error
         if not start:
             before = _first_position(batch, targets)
             upstream = _head_upstream(call.model, outputs, targets) if fast else _upstream(outputs, targets)

@@ -16,8 +16,7 @@ CHUNK = 4_000_000  # outputs whose distribution function is held at a time
 
 def causal_lm(model, batch):
     """Next-token prediction: logits [B, T-1, V] at positions 0..T-2 and the labels [B, T-1] of positions 1..T-1."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
-    return logits[:, :-1], batch["labels"][:, 1:]
+    return model(**read_by_model(batch), use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
 
 
 def classification(model, batch):
@@ -35,8 +34,13 @@ def regression(model, batch):
 
 
 def _outputs(model, batch):
-    out = model(**{key: value for key, value in batch.items() if key != "labels"})
+    out = model(**read_by_model(batch))
     return getattr(out, "logits", out)
+
+
+def read_by_model(batch):
+    """What a Hugging Face model is given of a batch: everything but the labels."""
+    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def asked(task, model, batch):

@@ -58,7 +58,7 @@ def _rotated_tokens(model, factors, batches, task, progress):
         for name in layers:
             a, ds, real = got.inputs[name], got.outputs[name], got.real[name]
             index, at = (torch.ones(a.shape[:2], device=a.device) if real is None else real).nonzero(as_tuple=True)
-            x, y = (finite(side[index, at].double() @ Q.double(), name, rows).to(a)
+            x, y = (finite(side[index, at].double() @ Q.to(a.device), name, rows).to(a)
                     for side, Q in ((ds, factors.Q_S[name]), (a, factors.Q_A[name])))
             out[name] = rows.to(index)[index], at, x, y
         yield out

@@ -222,3 +222,12 @@ def test_every_checkpoint_loads_and_differs(model):
     weights = [AutoModelForCausalLM.from_pretrained(f).transformer.wte.weight for f in folders]
     assert all(w.shape == model.transformer.wte.weight.shape for w in weights)
     assert all(not torch.equal(w, model.transformer.wte.weight) for w in weights)
+
+
+def test_the_rate_of_the_run_and_of_the_pass_that_cools():
+    n = 438
+    run = [train.running(epoch, 10)(k, n) for epoch in range(10) for k in range(n)]
+    assert max(run) <= train.RATE and run[0] == train.RATE / train.WARMUP and abs(run[-1] / train.RATE - 0.1) < 1e-3
+    cooled = [train.cooling(10)(k, n) for k in range(n)]
+    assert max(cooled) < run[train.BRANCH * n] and cooled[-1] == pytest.approx(run[train.BRANCH * n] / n)
+    assert all(a >= b for a, b in zip(cooled[train.WARMUP // 2:], cooled[train.WARMUP // 2 + 1:]))

@@ -249,3 +249,35 @@ def test_story_batches_are_read_in_steps_of_one():
     batches = StoryBatches(datasets.Dataset.from_dict({"text": ["a"] * 9}), None, batch_size=2)
     with pytest.raises(ValueError, match="in steps of 1"):
         batches[::2]
+
+
+def test_everything_in_a_batch_reaches_the_model():
+    model, ids = tiny.gpt2(), tiny.stories(1)[0]
+    layers = linear_layers(model, "mlp")
+    plain = tiny.batches([ids], 1)
+    gap, positions = torch.zeros(1, 3).long(), torch.arange(plain[0]["input_ids"].shape[1])[None]
+    left = {key: torch.cat([gap if key != "labels" else gap - 100, value], 1) for key, value in plain[0].items()}
+    left["labels"][:, 3] = -100  # predicted from a pad
+    moved = left | {"position_ids": torch.cat([gap, positions], 1)}
+    factors = fit_ekfac(model, plain, layers, labels="true", **QUIET)
+    wanted = influence(model, factors, plain, plain, **QUIET)
+    assert close(influence(model, factors, [moved], [moved], **QUIET), wanted, 1e-10)
+    assert not close(influence(model, factors, [left], [left], **QUIET), wanted, 1e-3), "the positions take no part"
+
+
+def test_a_language_model_task_without_ids_is_named():
+    model, batch = tiny.gpt2(), {"inputs_embeds": torch.randn(2, 5, 12).double(), "labels": torch.ones(2, 5).long()}
+    with pytest.raises(ValueError, match="batches: batch 0 has 'inputs_embeds', 'labels'; causal_lm reads input_ids"):
+        fit_ekfac(model, [batch], linear_layers(model, "mlp"), **QUIET)
+
+
+def test_a_model_that_cannot_be_differentiated_forwards_is_named():
+    model = tiny.gpt2()
+    factors = fit_ekfac(model, BATCHES, linear_layers(model, "mlp"), labels="true", **QUIET)
+    wanted = influence(model, factors, BATCHES, BATCHES, **QUIET)
+    model.enable_input_require_grads()  # what PEFT with checkpointed gradients does
+    assert influence(model, factors, BATCHES, BATCHES, **QUIET).equal(wanted)
+    with pytest.raises(RuntimeError, match=r"GPT2LMHeadModel cannot be differentiated forwards .*disable_input"):
+        influence(model, factors, BATCHES, BATCHES, per="output_token", **QUIET)
+    model.disable_input_require_grads()
+    assert close(influence(model, factors, BATCHES, BATCHES, per="output_token", **QUIET).sum(2), wanted, 1e-10)

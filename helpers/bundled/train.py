@@ -1,7 +1,8 @@
 """Train the bundled tokenizer and GPT-Neo on the bundled corpus: `python -m helpers.bundled.train --seed 1`.
 
 Every story is one sequence, BOS + story + EOS, padded and masked, just as the notebooks evaluate it. The weights after
-each pass are kept in the work folder; a run that was killed goes on after its last whole pass.
+each pass are kept in the work folder, and those of pass 6 after one more pass in which the rate falls to nothing
+(`cooled`, the bundled model); a run that was killed goes on after its last whole pass.
 """
 import argparse
 import gzip
@@ -21,6 +22,7 @@ BOS, PAD = "<|endoftext|>", "<|pad|>"  # tokens 0 and 1
 PAD_ID = 1
 VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2400, 96, 4, 6, 256
 BATCH, RATE, WARMUP = 16, 4e-3, 200
+BRANCH = 6  # the pass after which the bundled model was cooled
 
 
 def read(name):
@@ -154,14 +156,12 @@ def average_gradients(model):
         p.grad.copy_(part.view_as(p))
 
 
-def one_pass(model, optimizer, ids, epoch, passes, seed, rank, processes):
-    """One pass over the corpus; the rate warms up, then falls along a cosine to a tenth."""
+def one_pass(model, optimizer, ids, order, rate, rank, processes):
+    """One pass over the corpus, in the order that the seed `order` gives; rate(k, n) is the rate of step k of n."""
     model.train()
-    batches = epoch_batches(ids, 1000 * seed + epoch)
+    batches = epoch_batches(ids, order)
     for k, indices in enumerate(batches):
-        step = epoch * len(batches) + k
-        cosine = 0.55 + 0.45 * math.cos(math.pi * step / (passes * len(batches)))
-        optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1) * cosine
+        optimizer.param_groups[0]["lr"] = rate(k, len(batches))
         model(**pad([ids[i] for i in indices[rank::processes]], PAD_ID)).loss.backward()
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -169,44 +169,67 @@ def one_pass(model, optimizer, ids, epoch, passes, seed, rank, processes):
         optimizer.zero_grad()
 
 
-def restore(model, optimizer, state):
-    """Load the last whole pass, if there is one; returns the number of passes done."""
-    if not state.exists():
-        return 0
-    saved = torch.load(state)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["epoch"]
+def running(epoch, passes):
+    """rate(k, n) of a pass of the run: it warms up, then falls along a cosine to a tenth."""
+    return lambda k, n: RATE * min((epoch * n + k + 1) / WARMUP, 1) * (
+        0.55 + 0.45 * math.cos(math.pi * (epoch + k / n) / passes))
 
 
-def save(model, tokenizer, optimizer, epoch, work):
-    """Keep the weights after this pass, and what is needed to go on from it."""
+def cooling(passes):
+    """rate(k, n) of the pass that cools: from what the run has after pass BRANCH to nothing."""
+    return lambda k, n: running(BRANCH, passes)(0, n) * min(2 * (k + 1) / WARMUP, 1) * (1 - k / n)
+
+
+def save(model, tokenizer, folder):
     for part in (model, tokenizer):
-        part.save_pretrained(work / f"pass{epoch:02d}")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, work / "state.pt")
+        part.save_pretrained(folder)
 
 
-def train(rank, processes, seed, passes, work):
-    """Train from scratch, or on from the last whole pass in `work`; the weights after every pass stay there.
+def prepare(rank, processes, meeting):
+    """(tokenizer, ids of the training stories, of the held-out ones) of one of the processes, which meet in that file.
 
     Each process takes its share of every batch with one thread, which uses two cores better than two threads do.
     """
     torch.set_num_threads(1)
-    meeting = f"file://{(work / f'meeting-{os.getppid()}').resolve()}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     texts, held_out = ([row["text"] for row in read(f"stories_{s}.jsonl.gz")] for s in ("train", "validation"))
     tokenizer = train_tokenizer(texts)
-    ids, held_out = encode(texts, tokenizer), encode(held_out, tokenizer)
+    return tokenizer, encode(texts, tokenizer), encode(held_out, tokenizer)
+
+
+def new_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+
+def train(rank, processes, meeting, seed, passes, work):
+    """Train from scratch, or on from the last whole pass in `work`; the weights after every pass stay there."""
+    tokenizer, ids, held_out = prepare(rank, processes, meeting)
     model = new_model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    for epoch in range(restore(model, optimizer, work / "state.pt"), passes):
+    optimizer = new_optimizer(model)
+    saved = torch.load(work / "state.pt") if (work / "state.pt").exists() else {"epoch": 0}
+    for part, name in ((model, "model"), (optimizer, "optimizer")) if saved["epoch"] else ():
+        part.load_state_dict(saved[name])
+    for epoch in range(saved["epoch"], passes):
         start = time.time()
-        one_pass(model, optimizer, ids, epoch, passes, seed, rank, processes)
+        one_pass(model, optimizer, ids, 1000 * seed + epoch, running(epoch, passes), rank, processes)
         if rank == 0:
             taken = time.time() - start
             print(f"pass {epoch + 1} {report(model, tokenizer, ids[:500], held_out)} {taken:.0f} s", flush=True)
-            save(model, tokenizer, optimizer, epoch + 1, work)
+            save(model, tokenizer, work / f"pass{epoch + 1:02d}")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            torch.save(state, work / "state.pt")
         distributed.barrier()
+
+
+def cool(rank, processes, meeting, seed, passes, work):
+    """One more pass after pass BRANCH, with a fresh optimizer whose rate falls to nothing: the weights come to rest."""
+    tokenizer, ids, held_out = prepare(rank, processes, meeting)
+    model = GPTNeoForCausalLM.from_pretrained(work / f"pass{BRANCH:02d}")
+    one_pass(model, new_optimizer(model), ids, 1000 * seed + BRANCH, cooling(passes), rank, processes)
+    if rank == 0:
+        print(f"cooled {report(model, tokenizer, ids[:500], held_out)}", flush=True)
+        save(model, tokenizer, work / "cooled")
+    distributed.barrier()
 
 
 def main():
@@ -218,7 +241,9 @@ def main():
     args = parser.parse_args()
     work = args.work / f"seed{args.seed}"
     work.mkdir(parents=True, exist_ok=True)
-    multiprocessing.spawn(train, (args.processes, args.seed, args.passes, work), args.processes)
+    for part in (train, cool):
+        meeting = (work / f"{part.__name__}-{os.getpid()}").resolve()
+        multiprocessing.spawn(part, (args.processes, meeting, args.seed, args.passes, work), args.processes)
 
 
 if __name__ == "__main__":
