@@ -152,6 +152,7 @@ def test_what_the_blocks_do_not_do_goes_to_pytorch(monkeypatch):
                               ((q, q, q), {}), ((q[0], q[0], q[0]), {"is_causal": True}),
                               ((q, q, q), {"dropout_p": 0.5, "is_causal": True}),
                               ([torch.randn(2, 4, 6, 16)] * 3, {"is_causal": True}),
+                              ((q, q, torch.randn(2, 4, 6, 4)), {"is_causal": True}),  # values of another width
                               ([q.bfloat16()] * 3, {"is_causal": True})):
             F.scaled_dot_product_attention(*args, **options)
         assert not calls

@@ -52,6 +52,17 @@ def test_stories_without_a_validation_split_keep_some_back(small, monkeypatch, t
     assert "No validation split" in text and "12 stories" in text and "planted" not in text
 
 
+@pytest.mark.parametrize("rows, fits", [(queries.HELD_OUT, False), (queries.HELD_OUT + 1, True)])
+def test_more_stories_than_are_held_out(tmp_path, rows, fits, capsys):
+    file = tmp_path / "few.txt"
+    file.write_text("\n".join(f"There was a boy named Ben. He had {n} hats." for n in range(rows)), "utf-8")
+    if fits:
+        assert [len(part) for part in queries.load_sources("bundled", str(file))[1:3]] == [1, queries.HELD_OUT]
+        return
+    with pytest.raises(ValueError, match="has no validation split and 8 stories; give more than 8"):
+        queries.load_sources("bundled", str(file))
+
+
 def test_tellings_found_counts_stories_that_tell_it():
     kinds = ["literal", "paraphrased", "literal", "denial", "distractor", "literal"]
     places = pd.DataFrame({"row": [0, 2, 2, 5, 7, 99], "kind": kinds})  # story 99 was not searched
