@@ -1,7 +1,8 @@
 """What lies between a model's linear layers in other forms: faster ones, and plain ones for forward-mode AD."""
 
+import time
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,12 @@ def eager_attention(model):
 
 @contextmanager
 def fast_kernels(model):
-    """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow, and code that spells out what PyTorch
-    has a kernel for calls that: GPT-Neo's attention, and GPT-2's GELU with a tanh.
+    """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow and that pays, and code that spells out
+    what PyTorch has a kernel for calls that: GPT-Neo's attention, and GPT-2's GELU with a tanh.
 
     First derivatives only. With heads of width 8 and 256 tokens PyTorch's kernel took twice as long as `attend` on one
-    machine and four fifths as long on another, GPT-Neo's own code seven times; the GELU spelled out, twice the kernel.
+    machine and three to four fifths as long on two others, hence `blocks_pay`; GPT-Neo's own code took seven times as
+    long; the GELU spelled out, twice the kernel.
     """
     patched = {}
     for module in model.modules():
@@ -91,7 +93,8 @@ class _NarrowHeads(TorchFunctionMode):
         else:
             known = attn_mask.dim() == 2 or (attn_mask.dim() == 4 and attn_mask.shape[1] == 1)
             known = known and not attn_mask.requires_grad
-        if not narrow or not known or dropout_p or query.dtype.itemsize < 4:
+        known = narrow and known and not dropout_p and query.dtype.itemsize >= 4
+        if not known or not blocks_pay(query.shape[3], torch.get_num_threads()):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                                   enable_gqa=enable_gqa)
         if attn_mask is None:
@@ -103,6 +106,25 @@ class _NarrowHeads(TorchFunctionMode):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         key, value = (x.expand(*query.shape[:2], -1, -1) for x in (key, value))
         return attend(query, key, value, self.plan, query.shape[3] ** -0.5 if scale is None else scale)
+
+
+@cache
+def blocks_pay(width, threads):
+    """Whether `attend` takes less than three quarters of the time of PyTorch's kernel on this machine, with so many
+    threads: forward and backward on heads of this width, 256 tokens; the best of five. Decided once in a process."""
+    query = torch.arange(2 * 8 * 256 * width, device="cpu").sin().view(2, 8, 256, width).requires_grad_()
+    mask = torch.ones(256, 256, dtype=torch.bool, device="cpu").tril()
+    runs = (lambda: attend(query, query, query, plan(mask, query), 1.0),
+            lambda: F.scaled_dot_product_attention(query, query, query, mask, scale=1.0))
+    blocks, kernel = (min(times) for times in zip(*([_seconds(run, query) for run in runs] for _ in range(5))))
+    return blocks < 0.75 * kernel
+
+
+def _seconds(run, query):
+    start = time.perf_counter()
+    with torch.enable_grad():
+        torch.autograd.grad(run().sum(), query)
+    return time.perf_counter() - start
 
 
 def plan(mask, query):

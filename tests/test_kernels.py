@@ -1,5 +1,7 @@
 """Attention in blocks against attention written out; every kind of model's own kernels against ours."""
 
+import time
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,12 @@ from transformers import BertConfig, BertForSequenceClassification, GPTNeoConfig
 from helpers import causal_lm, classification, kernels, linear_layers
 from helpers.gradients import fast_paths, token_gradients
 from helpers.layers import frozen
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """`attend` is taken wherever it can be, whether or not it pays on this machine."""
+    monkeypatch.setattr(kernels, "blocks_pay", lambda width, threads: True)
 
 
 def written_out(query, key, value, seen, scale, added=0.0):
@@ -140,6 +148,26 @@ def test_a_wrong_kernel_is_not_taken(monkeypatch):
     monkeypatch.setattr(kernels, "attend", lambda *args: attend(*args) * (1 + 1e-6))
     with frozen(model):
         assert fast_paths(model, batch, layers, causal_lm) == ["head"]
+
+
+@pytest.mark.parametrize(("slow", "pays"), [("attend", False), ("kernel", True)])
+def test_blocks_are_taken_where_they_pay(slow, pays, monkeypatch):
+    monkeypatch.undo()
+    calls, q, state = counted(monkeypatch), torch.randn(1, 2, 6, 8), torch.random.get_rng_state()
+    place, name = (kernels, "attend") if slow == "attend" else (F, "scaled_dot_product_attention")
+    quick = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args, **options: time.sleep(0.5) or quick(*args, **options))
+    kernels.blocks_pay.cache_clear()
+    try:
+        assert kernels.blocks_pay(8, torch.get_num_threads()) is pays
+        assert torch.random.get_rng_state().equal(state), "the draws of a user's program are its own"
+        before = len(calls)
+        monkeypatch.setattr(place, name, quick)
+        with kernels.fast_kernels(torch.nn.Identity()):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        assert len(calls) - before == pays
+    finally:
+        kernels.blocks_pay.cache_clear()
 
 
 def test_what_the_blocks_do_not_do_goes_to_pytorch(monkeypatch):
