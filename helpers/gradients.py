@@ -7,7 +7,7 @@ import torch
 
 from .head import head_gradient
 from .kernels import fast_kernels
-from .layers import capture
+from .layers import capture, layer_shapes
 from .tasks import (
     IGNORED,
     asked,
@@ -134,6 +134,7 @@ def fast_paths(model, batch, layers, task):
     `get_output_embeddings`, or where scaling, a soft-cap or anything else stands between the hidden state and the
     logits. "kernels": `fast_kernels`.
     """
+    layer_shapes(model, layers)  # raises for what cannot be studied
     batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
     slow = token_gradients(model, batch, layers, task).outputs
     rtol = min(1000 * torch.finfo(next(model.parameters()).dtype).eps, 0.05)

@@ -111,12 +111,13 @@ class _NarrowHeads(TorchFunctionMode):
 @cache
 def blocks_pay(width, threads):
     """Whether `attend` takes less than three quarters of the time of PyTorch's kernel on this machine, with so many
-    threads: forward and backward on heads of this width, 256 tokens; the best of five. Decided once in a process."""
-    query = torch.arange(2 * 8 * 256 * width, device="cpu").sin().view(2, 8, 256, width).requires_grad_()
+    threads: forward and backward on eight examples with eight heads of this width and 256 tokens (fewer examples would
+    keep two threads too short of work to tell); the best of six. Decided once in a process."""
+    query = torch.arange(8 * 8 * 256 * width, device="cpu").sin().view(8, 8, 256, width).requires_grad_()
     mask = torch.ones(256, 256, dtype=torch.bool, device="cpu").tril()
     runs = (lambda: attend(query, query, query, plan(mask, query), 1.0),
             lambda: F.scaled_dot_product_attention(query, query, query, mask, scale=1.0))
-    blocks, kernel = (min(times) for times in zip(*([_seconds(run, query) for run in runs] for _ in range(5))))
+    blocks, kernel = (min(times) for times in zip(*([_seconds(run, query) for run in runs] for _ in range(6))))
     return blocks < 0.75 * kernel
 
 

@@ -109,7 +109,8 @@ def capture(model, layers):
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, which calls no layer
         for name in layers:  # first of all hooks: what the layer gave, before another one changes it
-            handles.append(check_layer(model, name).register_forward_hook(hook(name), prepend=True, with_kwargs=True))
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_hook(hook(name), prepend=True, with_kwargs=True))
         yield taken
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

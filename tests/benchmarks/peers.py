@@ -180,6 +180,8 @@ def timed(args):
     with tempfile.TemporaryDirectory() as folder:
         big_problem(folder, args)
         sides = {name: Side(name, args.python, folder, args.threads) for name in args.sides}
+        for side in sides.values():  # all are loaded before one is timed
+            side.ask(do="problem", folder=folder)
         got = {} if args.unchecked else compared(sides, Path(folder))
         for repeat in range(args.repeats):
             for name, side in list(sides.items())[:: 1 if repeat % 2 else -1]:
