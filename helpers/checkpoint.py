@@ -10,10 +10,12 @@ import logging
 import math
 import os
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -48,6 +50,27 @@ def make_folder(folder, argument):
         cause = error.strerror
     if cause:
         raise OSError(f"{argument}: nothing can be written in {str(folder)!r} ({cause}); name a folder of your own")
+
+
+@contextmanager
+def alone(path, argument):
+    """Inside, no other process writes `path`, whose folder is made; OSError that names the argument where one does.
+
+    PATH.lock stays, but the operating system lets go of it when the process ends, however that ends.
+    """
+    make_folder(path.parent, argument)
+    lock = FileLock(f"{path}.lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OSError(f"{argument}: another job is writing {str(path)!r}; wait for it, or name another place"
+                      ) from error
+    except OSError as error:
+        log.warning("%s: no lock to be had (%s); start no second job that writes there", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(path):
@@ -119,7 +142,6 @@ class Checkpoint:
         Raises ValueError for a file of another job and for one that is damaged.
         """
         path = self.path(name)
-        make_folder(self.folder, "checkpoint")
         if not path.exists():
             return 0, 0
         try:
@@ -144,9 +166,13 @@ def accumulate(batches, examples, flat, add, checkpoint, name, progress, key="")
 
     With a Checkpoint, `flat` begins where its file ends, and is saved as often as SHARE allows and at the end.
     """
-    done, start = (0, 0) if checkpoint is None else checkpoint.load(name, flat, key)
     last, saved, cost = -(-len(batches) // BLOCK), time.monotonic(), 0.0
-    with tqdm(desc=name, total=examples, initial=start, unit=" examples", disable=not progress) as bar:
+    with ExitStack() as stack:
+        if checkpoint is not None:
+            stack.enter_context(alone(checkpoint.path(name), "checkpoint"))
+        done, start = (0, 0) if checkpoint is None else checkpoint.load(name, flat, key)
+        bar = stack.enter_context(tqdm(desc=name, total=examples, initial=start, unit=" examples",
+                                       disable=not progress))
         for number in range(done, last):
             groups = by_length(batches[number * BLOCK:(number + 1) * BLOCK])
             for rows, batch in groups:

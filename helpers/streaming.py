@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .checkpoint import BLOCK, check_job, make_folder, replace, sync
+from .checkpoint import BLOCK, alone, check_job, replace, sync
 from .ranks import collected, from_first, gathered, rank
 
 log = logging.getLogger("helpers")
@@ -38,7 +39,6 @@ class ScoreFile:
 
     def start(self):
         """(blocks, examples of each rank) that are there; (0, None) with an empty file. ValueError where not ours."""
-        make_folder(self.path.parent, "out")
         done = self._counted()
         if done[0]:
             self._check(self.path if self.path.exists() else self.partial)
@@ -111,9 +111,12 @@ def stream_scores(scored, train, examples, width, axis, path, job, progress):
     if Path(path).suffix != ".npy":
         raise ValueError(f"out={str(path)!r}: scores are written in numpy's format: give a name that ends in .npy")
     file, counts = _file(scored(train[:1]), examples, width, axis, path, job)
-    done, ends = from_first(file.start)
-    at, first = ends[rank()] if done else 0, sum(counts[:rank()])
-    with tqdm(desc="influence", total=examples, initial=at, unit=" examples", disable=not progress) as bar:
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(alone(file.path, "out")))
+        done, ends = from_first(file.start)
+        at, first = ends[rank()] if done else 0, sum(counts[:rank()])
+        bar = stack.enter_context(tqdm(desc="influence", total=examples, initial=at, unit=" examples",
+                                       disable=not progress))
         for number in range(done, max(collected(-(-len(train) // BLOCK)))):
             batches, piece = train[number * BLOCK:(number + 1) * BLOCK], None
             if len(batches):
@@ -122,7 +125,7 @@ def stream_scores(scored, train, examples, width, axis, path, job, progress):
                 bar.update(values.shape[axis])
             found = gathered((at, piece))
             from_first(lambda found=found, number=number: _store(file, found, number + 1))
-    from_first(file.finish)
+        from_first(file.finish)
     return torch.from_numpy(np.load(file.path, mmap_mode="c", allow_pickle=False)) if rank() == 0 else None
 
 

@@ -100,7 +100,7 @@ def test_scores_on_disk_are_those_in_memory_also_after_stops(per, tmp_path):
     assert scores.shape == expected.shape and torch.allclose(scores, expected, rtol=1e-10, atol=atol)
     other = score(model, factors, tmp_path / "whole.npy", Dying(), per=per)
     assert torch.equal(scores, other) and np.array_equal(np.load(out), other.numpy())
-    assert sorted(path.name for path in out.parent.iterdir()) == ["scores.json", "scores.npy"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["scores.json", "scores.npy", "scores.npy.lock"]
 
 
 def test_a_checkpoint_of_another_job_is_refused_by_what_differs(tmp_path):
@@ -276,4 +276,29 @@ def test_kill_9_twice_in_the_middle_of_writing(tmp_path):
         assert done.returncode == code, done.stderr
     assert __main__.main(["score", *some, "--out", str(alone / "s.npy"), "--quiet"]) == 0
     assert (job / "s.npy").read_bytes() == (alone / "s.npy").read_bytes()
-    assert sorted(path.name for path in job.iterdir()) == ["checkpoint", "factors.safetensors", "s.json", "s.npy"]
+    assert sorted(path.name for path in job.iterdir()) == ["checkpoint", "factors.safetensors", "s.json", "s.npy",
+                                                          "s.npy.lock"]
+
+
+@pytest.mark.parametrize("argument", ["checkpoint", "out"])
+def test_two_jobs_do_not_write_in_one_place(argument, tmp_path):
+    model = tiny.gpt2()
+    layers = linear_layers(model, "mlp")
+    factors = fit_ekfac(model, BATCHES, layers, progress=False)
+    run = {"checkpoint": lambda: fit_ekfac(model, BATCHES, layers, checkpoint=tmp_path, progress=False),
+           "out": lambda: influence(model, factors, BATCHES[:1], BATCHES, out=tmp_path / "s.npy", progress=False)}
+    written = {"checkpoint": tmp_path / "second_moments.0.safetensors", "out": tmp_path / "s.npy"}[argument]
+    with checkpoint.alone(written, argument), pytest.raises(OSError, match=f"^{argument}: another job is writing"):
+        run[argument]()
+    run[argument]()
+    assert written.exists()
+
+
+def test_where_there_are_no_locks_that_is_logged(tmp_path, monkeypatch, caplog):
+    def acquire(self):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint.FileLock, "acquire", acquire)
+    with checkpoint.alone(tmp_path / "s.npy", "out"):
+        pass
+    assert "no lock to be had" in caplog.text
