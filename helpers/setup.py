@@ -123,7 +123,7 @@ def _step(model, batch, layers, task):
     one = {key: value[:1] for key, value in batch.items()}
     factors = fit_ekfac(model, [batch], layers, task, progress=False)
     score, dtype = float(influence(model, factors, [one], [one], task, progress=False)), next(model.parameters()).dtype
-    told = ("a step along P(∇L) raises the loss: a sign or a transpose is wrong, or there is no gradient",
+    told = ("a step along P(∇L) raises the loss: a sign is wrong, or there is no gradient",
             "the loss moves by another amount than −η I: parts of the gradient are missing, or the model is random")
     if dtype.itemsize < 4:
         lost = f"a small step is lost in {str(dtype)[6:]}: load the model in float32 to check it"
