@@ -95,9 +95,32 @@ def job_of(model, task, data, values):
     if named is functools.partial or "<lambda>" in named.__qualname__ or getattr(task, "__closure__", None):
         raise ValueError("task: what is saved must be told from another task's by its name: give a def, no lambda, "
                          "partial or function that closes over values")
-    return {"model": type(model).__name__, "weights": digest_of(model.state_dict()),
-            "task": f"{named.__module__}.{named.__qualname__}", "data": data.hexdigest(),
+    if hasattr(task, "__self__"):
+        raise ValueError(f"task: {task!r:.60} is a method, and what it is bound to cannot be told from another: give a "
+                         "def")
+    code = task if hasattr(task, "__code__") else type(task).__call__
+    told = repr([_code(getattr(code, "__code__", None)), vars(task) if named is type(task) else ""])
+    return {"model": type(model).__name__, "weights": digest_of(model.state_dict()), "config": _config(model),
+            "task": f"{named.__module__}.{named.__qualname__}", "task_code": _short(told), "data": data.hexdigest(),
             "ranks": size(), "block": BLOCK} | values
+
+
+def _code(code):
+    """What a function does, without line numbers: its bytecode, names and constants."""
+    inner = [_code(part) if hasattr(part, "co_code") else part for part in getattr(code, "co_consts", ())]
+    return [getattr(code, "co_code", b"").hex(), getattr(code, "co_names", ()), inner]
+
+
+def _config(model):
+    """A digest of a transformers configuration, but for where it came from and how attention is computed."""
+    config = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    return _short(repr(sorted((key, repr(value)) for key, value in values.items()
+                              if not key.startswith("_") and key not in ("transformers_version", "dtype"))))
+
+
+def _short(text):
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def check_job(path, there, here, argument):

@@ -70,7 +70,10 @@ def labelled_batches(texts, labels, tokenizer, max_length=128, batch_size=16):
 
     Raises ValueError where there are not as many labels as texts, and as `tokenize` does.
     """
-    labels = torch.as_tensor(labels, dtype=torch.long)
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point():
+        raise ValueError(f"labels: got {labels.tolist()[:3]}...; classes are whole numbers")
+    labels = labels.long()
     if len(labels) != len(texts):
         raise ValueError(f"{len(labels)} labels for {len(texts)} texts: one each is needed")
     batches = tokenize(texts, tokenizer, max_length, batch_size)

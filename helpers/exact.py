@@ -136,8 +136,19 @@ def _studied(model, task, batch, argument):
     if not theta:
         raise ValueError(f"model: no parameter of {type(model).__name__} requires gradients; "
                          "set requires_grad_(True) on those to be studied")
-    with frozen(model), eager_attention(model):
-        yield loss, theta, batches
+    with frozen(model):
+        own, name = _some_outputs(loss, batches[0]), type(model).__name__
+        with eager_attention(model):
+            eager = _some_outputs(loss, batches[0])
+            if not float((own - eager).norm()) <= 1e-4 * float(own.norm()):  # some models round it to float32
+                raise ValueError(f"model: {name}'s attention written out (\"eager\"), which second derivatives need, "
+                                 "gives other outputs than its own, or NaN: study it without pads, or another model")
+            yield loss, theta, batches
+
+
+def _some_outputs(loss, batch):
+    with torch.no_grad():
+        return loss(batch)[0].flatten()
 
 
 def _products(loss, theta, batches, rows):

@@ -6,6 +6,8 @@ import torch
 
 from .tasks import IGNORED, causal_lm
 
+TOKENWISE = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")  # what is cut with the pads
+
 
 def check_targets(batches, task, argument, digest=None):
     """(examples, widest `input_ids`); `digest`, a hashlib object if given, is updated with everything in the batches.
@@ -18,9 +20,13 @@ def check_targets(batches, task, argument, digest=None):
         raise ValueError(f"{argument}: got {type(batches).__name__}; give a list of batches")
     if not len(batches):
         raise ValueError(f"{argument}: got no batches; tokenize(texts, tokenizer) makes them")
-    examples = width = 0
+    examples, width, keys = 0, 0, set()
     for number, batch in enumerate(batches):
         examples += _size(batch, f"{argument}: batch {number}")
+        keys = keys or set(batch)
+        if set(batch) != keys:
+            raise ValueError(f"{argument}: batch {number} holds {sorted(batch)} and batch 0 {sorted(keys)}; all must "
+                             "hold the same")
         width = max(width, batch["input_ids"].shape[-1] if "input_ids" in batch else 0)
         if digest is not None:
             digest_tensors(batch, digest)
@@ -51,6 +57,9 @@ def _check_labels(batch, what):
         raise ValueError(f"{what} has {', '.join(map(repr, batch))}; causal_lm reads input_ids, "
                          "attention_mask and labels: another input needs a task of its own")
     labels, mask = batch.get("labels"), batch.get("attention_mask")
+    for name in ("input_ids", "attention_mask"):
+        if batch.get(name) is not None and (batch[name].dim() != 2 or batch[name].shape != batch["input_ids"].shape):
+            raise ValueError(f"{what}: {name} must be [examples, tokens], got {tuple(batch[name].shape)}")
     if labels is None or labels.shape != batch["input_ids"].shape:
         raise ValueError(f"{what}: labels must have the shape {tuple(batch['input_ids'].shape)} of input_ids, got "
                          f"{None if labels is None else tuple(labels.shape)}: the ids, unshifted, -100 at pads")
@@ -78,11 +87,13 @@ def by_length(batches):
     tokens than the largest has.
 
     `rows` index the examples in their given order. Only language-model batches (2-D `input_ids` and `attention_mask`)
-    are regrouped, with the pads they came with (a classifier may look for its pad id); others, and batches without
-    any pad, come back as they are. Left padding stays, since positions may count it.
+    are regrouped, with the pads they came with (a classifier may look for its pad id). Others, batches without any pad,
+    and those that hold something unknown of the shape of `input_ids` come back as they are. Left padding stays, since
+    positions may count it.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    text = all({"input_ids", "attention_mask"} <= set(batch) and batch["input_ids"].dim() == 2 for batch in batches)
+    text = all({"input_ids", "attention_mask"} <= set(batch) and batch["input_ids"].dim() == 2
+               and not any(_along_tokens(key, batch) for key in set(batch) - set(TOKENWISE)) for batch in batches)
     padded = next((batch for batch in batches if not batch["attention_mask"].all()), None) if text else None
     if padded is None:
         return list(zip(torch.arange(sum(sizes)).split(sizes), batches))

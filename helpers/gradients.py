@@ -4,7 +4,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
+from .examples import TOKENWISE
 from .head import head_gradient
 from .kernels import fast_kernels
 from .layers import capture, layer_shapes
@@ -18,6 +20,8 @@ from .tasks import (
     summed_loss,
     targets_per_example,
 )
+
+PADS = 1e-4  # of Σ |ā| |Ds|: what pads may have by rounding
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,10 @@ def _one_layer(model, batch, name, a, grad):
     mask, tokens = batch.get("attention_mask"), a.dim() > 2
     a, grad = (x.flatten(1, -2) if tokens else x[:, None] for x in (a, grad))
     a, grad = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, grad))
-    if tokens and mask is not None and mask.shape != a.shape[:2]:
-        raise ValueError(f"layers: {name!r} sees {a.shape[1]} positions where attention_mask is {tuple(mask.shape)}, "
-                         "so that pads cannot be told from tokens: leave it out of the pattern")
+    ids = batch.get("input_ids") if mask is None else mask
+    if tokens and ids is not None and ids.dim() == 2 and ids.shape != a.shape[:2]:
+        raise ValueError(f"layers: {name!r} sees {a.shape[1]} positions where the tokens are {tuple(ids.shape)}, "
+                         "so that it cannot be told which is which: leave it out of the pattern")
     real = mask.bool() if tokens and mask is not None else None
     real = None if real is None or bool(real.all()) else real
     if model.get_submodule(name).bias is not None:
@@ -122,8 +127,13 @@ def _one_layer(model, batch, name, a, grad):
         a = a.clone()  # it is the model's own
     if real is not None:
         pads = (~real).nonzero(as_tuple=True)  # few rows: masked_fill would go through all of them
+        if bool(grad[pads].any()):
+            size = lambda at: float((a[at].norm(dim=-1) * grad[at].norm(dim=-1)).sum())
+            if size(pads) > PADS * size(...):
+                raise ValueError(f"batches: the loss depends on what {name!r} gives at pads (attention_mask is 0): "
+                                 "label them with -100, and let model and task use the mask")
+            grad = grad.index_put(pads, grad.new_zeros(()))
         a[pads] = 0
-        grad = grad.index_put(pads, grad.new_zeros(())) if bool(grad[pads].any()) else grad
     return a, grad, real
 
 
@@ -136,8 +146,9 @@ def fast_paths(model, batch, layers, task):
     """
     layer_shapes(model, layers)  # raises for what cannot be studied
     batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
-    slow = token_gradients(model, batch, layers, task).outputs
-    rtol = min(1000 * torch.finfo(next(model.parameters()).dtype).eps, 0.05)
+    slow, rtol = token_gradients(model, batch, layers, task), min(1000 * torch.finfo(_dtype(model)).eps, 0.05)
+    _check_layers(model, batch, layers, task, slow, rtol)
+    slow = slow.outputs
     known = ["head"] * (task is causal_lm and _known_head(model, batch, layers)) + ["kernels"]
     for paths in (known, *([path] for path in known if len(known) > 1)):
         fast = token_gradients(model, batch, layers, task, fast=paths).outputs
@@ -151,9 +162,37 @@ def _known_head(model, batch, layers):
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, torch.nn.Linear) or getattr(model, "base_model", model) is model:
         return False
-    below = set(model.base_model.modules())
+    capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+    if capped or not set(batch) <= set(TOKENWISE):  # what else a batch holds may change the logits
+        return False
+    below, h = set(model.base_model.modules()), last_hidden(model, batch)
     return (all(model.get_submodule(name) in below for name in layers)
-            and last_hidden(model, batch).shape[-1] == head.in_features)
+            and h.shape[-1] == head.in_features and h.dtype == head.weight.dtype)
+
+
+def _dtype(model):
+    return next(model.parameters()).dtype
+
+
+def _check_layers(model, batch, layers, task, got, rtol):
+    """ValueError where Σ_t Ds_t ā_tᵀ is not autograd's gradient of a layer's weight: it computes something else."""
+    weights = {name: model.get_submodule(name).weight for name in layers}
+    weights = {name: weight for name, weight in weights.items() if weight.is_leaf and weight.is_floating_point()}
+    with torch.enable_grad():
+        try:
+            [weight.requires_grad_(True) for weight in weights.values()]
+            found = torch.autograd.grad(summed_loss(*asked(task, model, batch)), list(weights.values()),
+                                        allow_unused=True)
+        finally:
+            [weight.requires_grad_(False) for weight in weights.values()]
+    found = {name: theirs for name, theirs in zip(weights, found) if theirs is not None}
+    least = rtol * max((float(theirs.norm()) for theirs in found.values()), default=0.0)
+    for name, theirs in found.items():
+        ours = torch.einsum("bto,bti->oi", got.outputs[name], got.inputs[name])
+        theirs = (theirs.T if isinstance(model.get_submodule(name), Conv1D) else theirs).to(ours)
+        if float((ours[:, :theirs.shape[1]] - theirs).norm()) > rtol * float(theirs.norm()) + least:
+            raise ValueError(f"layers: {name!r} ({type(model.get_submodule(name)).__name__}) is no plain x Wᵀ + b, or "
+                             "its weight is used elsewhere too: autograd's gradient is another one; leave it out")
 
 
 def last_hidden(model, batch):

@@ -75,23 +75,26 @@ class StoryBatches:
                 int(cut[1].replace(",", "")) if cut else 0)
 
 
-def stories_on_disk(source, path, limit=None):
-    """The texts of `load_stories(source, limit=limit)`, through an Arrow file at `path` and mapped from it.
+def stories_on_disk(source, folder, limit=None):
+    """The texts of `load_stories(source, limit=limit)`, through an Arrow file in `folder` and mapped from it.
 
-    A story at a time, so that memory does not grow with their number; the file's name is gone when this returns. Raises
-    what load_stories raises.
+    A story at a time, so that memory does not grow with their number; the file's name, which no other job has, is gone
+    when this returns. Raises what load_stories raises.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be 1 or more, or None")
-    path, texts = Path(path), _texts(source, limit)
-    make_folder(path.parent, "out")
+    texts = _texts(source, limit)
+    make_folder(folder, "out")
+    path = Path(folder) / f"stories.{ranks.rank()}.{os.getpid()}.arrow"
     schema = pa.schema([("text", pa.large_string())])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while some := list(islice(texts, 1000)):
-            writer.write_batch(pa.record_batch([pa.array(some, pa.large_string())], schema=schema))
-    stories = datasets.Dataset.from_file(str(path))
-    if os.name == "posix":
-        path.unlink()  # what is mapped stays readable, and no kill leaves it behind
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            while some := list(islice(texts, 1000)):
+                writer.write_batch(pa.record_batch([pa.array(some, pa.large_string())], schema=schema))
+        stories = datasets.Dataset.from_file(str(path))
+    finally:
+        if os.name == "posix":
+            path.unlink(missing_ok=True)  # what is mapped stays readable
     if not len(stories):
         raise ValueError(f"stories={str(source)!r} holds no story with a text")
     return stories
@@ -180,7 +183,7 @@ def _batches(lm, source, folder, limit, max_length, batch_size, device):
     """(all stories, StoryBatches of this rank's share), and the model on its device."""
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    stories = stories_on_disk(source, folder / f"stories.{ranks.rank()}.arrow", limit)
+    stories = stories_on_disk(source, folder, limit)
     if len(stories) < ranks.size():
         raise ValueError(f"{len(stories)} stories for {ranks.size()} ranks: start at most one rank a story")
     share = split_dataset_by_node(stories, ranks.rank(), ranks.size())

@@ -33,7 +33,7 @@ def linear_layers(model, pattern):
 
 def check_layer(model, name):
     """The module called `name`; raises ValueError where it is missing, not linear, or shares its weight."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has an encoder and a decoder, whose tokens need two masks; "
                          "the helpers take models with one token axis")
     modules = dict(model.named_modules())
@@ -53,6 +53,9 @@ def layer_shapes(model, layers):
     """{layer: (d_out, d_in + 1 if it has a bias else d_in)}; raises ValueError for no layers, or one string."""
     if isinstance(layers, str) or not layers:
         raise ValueError(f"layers must be a list of names, got {layers!r}: linear_layers(model, pattern) makes one")
+    twice = [name for name in layers if list(layers).count(name) > 1]
+    if twice:
+        raise ValueError(f"layers: {twice[0]!r} is named twice")
     shapes = {}
     for name in layers:
         module = check_layer(model, name)
@@ -100,6 +103,9 @@ def capture(model, layers):
             if not torch.is_grad_enabled():
                 raise ValueError(f"layers: {name!r} runs without gradients, in a part of the model under no_grad: "
                                  "leave it out of the pattern")
+            if not torch.is_tensor(output):
+                raise ValueError(f"layers: {name!r} gives a {type(output).__name__} and no tensor: leave it out of the "
+                                 "pattern")
             start = not output.requires_grad
             a = inputs[0] if inputs else next(iter(named.values()))
             taken[name] = (a.detach(), a._version, get_gradient_edge(output.requires_grad_()))

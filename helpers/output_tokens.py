@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .examples import by_length
 from .gradients import fast_paths, last_hidden
 from .head import head_gradient
-from .kernels import eager_attention
 from .tasks import IGNORED, summed_loss
 
 IN_FLIGHT = 1 << 19  # examples × queries × T² in one forward pass: attention's matrices then stay in the cache
@@ -29,7 +29,7 @@ def output_token_scores(model, train, directions, task, progress=True):
     layers = list(directions)
     fast = "head" in fast_paths(model, groups[0][1], layers, task)
     parts, order = [], torch.cat([rows for rows, _ in groups]).argsort()
-    with eager_attention(model), torch.no_grad():
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # PyTorch's other kernels have no forward mode
         for rows, batch in tqdm(groups, "influence", disable=not progress):
             value = _batch_scores(_Call(model, _hidden if fast else task), weights, tangents, batch, fast)
             if not bool(value.isfinite().all()):
@@ -74,9 +74,12 @@ def _hidden(model, batch):
 
 def _studied(model, directions):
     """({parameter of _Call: value}, {the same: its directions [query, ...]}); a bias is the last column of V."""
-    weights, tangents = {}, {}
+    weights, tangents, parameters = {}, {}, dict(model.named_parameters())
     for name, V in directions.items():
         module = model.get_submodule(name)
+        if f"{name}.weight" not in parameters:
+            raise ValueError(f"per='output_token': the weight of {name!r} is no parameter but made of one (pruned, "
+                             "normalised): take per='token'")
         V = (V[0] @ V[1] if isinstance(V, tuple) else V).to(module.weight.dtype)
         if module.bias is not None:
             weights[f"model.{name}.bias"], tangents[f"model.{name}.bias"] = module.bias, V[..., -1]

@@ -36,16 +36,20 @@ def check_setup(model, batches, layers, task=causal_lm):
     masked and with label -100, change nothing, and no position at an end is attended to without a target; gradient:
     Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size: the step θ ± η P(∇L_m) along
     the first example's preconditioned gradient changes its loss by ∓ η I(m, m) (None in half precision, which loses so
-    small a step). The first examples of the first batch are used; the model comes back as it was. Raises as fit_ekfac
-    does, for pads with a label as well.
+    small a step). The first examples of the first batch are used; the model comes back as it was. Raises ValueError for
+    layers that the model lacks and for bad batches; what else fit_ekfac would refuse stands under gradient.
     """
     check_targets(batches, task, "batches")
+    layer_shapes(model, layers)
     batch = {key: value[:FEW] for key, value in batches[0].items()}
     rtol = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-2  # bfloat16 and the like
     rtol = 1e-6 if next(model.parameters()).dtype == torch.float64 else rtol
     with frozen(model):
         rows = [check(model, batch, task, rtol) for check in (_labels, _one_by_one, _pads)]
-        rows += [_gradient(model, batch, layers, task, rtol), *_step(model, batch, layers, task)]
+        try:
+            rows += [_gradient(model, batch, layers, task, rtol), *_step(model, batch, layers, task)]
+        except ValueError as error:
+            rows.append(("gradient", False, str(error), "", "fit_ekfac and influence refuse it"))
     return pd.DataFrame(rows, columns=["check", "passed", "found", "wanted", "if it fails"])
 
 
@@ -102,7 +106,8 @@ def _pads(model, batch, task, rtol):
 
 def _gradient(model, batch, layers, task, rtol):
     got, worst, name = token_gradients(model, batch, layers, task), -1.0, ""
-    weights = [list(model.get_submodule(layer).parameters()) for layer in layers]
+    modules = [model.get_submodule(layer) for layer in layers]
+    weights = [[module.weight, *([] if module.bias is None else [module.bias])] for module in modules]
     with torch.enable_grad():
         [p.requires_grad_(True) for part in weights for p in part]
         loss = summed_loss(*asked(task, model, batch))

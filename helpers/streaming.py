@@ -144,6 +144,9 @@ def _file(some, examples, width, axis, path, job):
 def _array(values, shape, axis, dtype):
     """The scores in numpy, with zeros up to the widest example of all."""
     if values.dim() > axis + 1:
+        if values.shape[-1] > shape[-1]:
+            raise ValueError(f"train: scores of {values.shape[-1]} positions where the first batch and input_ids have "
+                             f"{shape[-1]}: with out= put the widest batch first")
         values = F.pad(values, (0, shape[-1] - values.shape[-1]))
     return values.cpu().to(getattr(torch, dtype)).numpy()
 

@@ -136,9 +136,10 @@ def _key(batch, row, seed):
 def _positions(batch, targets):
     """Index of every target within its example, counting real positions only, as uint64 [B, targets an example]."""
     per_step = targets[0].numel() // targets.shape[1] if targets.dim() > 1 else 1
-    steps = torch.arange(targets[0].numel() // per_step).expand(len(targets), -1)
+    steps = torch.arange(targets[0].numel() // per_step, device="cpu").expand(len(targets), -1)
     mask = batch.get("attention_mask")
-    if mask is not None and targets.dim() > 1 and 0 <= mask.shape[1] - targets.shape[1] <= 1:
+    tokens = targets.dim() > 1 + targets.is_floating_point()  # a regression's [B, C] has no token axis
+    if mask is not None and tokens and 0 <= mask.shape[1] - targets.shape[1] <= 1:
         steps = mask.cpu().long().cumsum(1)[:, : targets.shape[1]]
-    inner = torch.arange(per_step)
+    inner = torch.arange(per_step, device="cpu")
     return (steps[..., None] * per_step + inner).flatten(1).numpy().astype(np.uint64)

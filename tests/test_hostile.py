@@ -166,7 +166,8 @@ def page(lm, tmp_path_factory):
     batches = completions([query[:2] for query in queries], lm.tokenizer)
     scores = influence(lm.model, factors, batches, train, progress=False)
     token = influence(lm.model, factors, batches, train, per="token", progress=False)
-    assert bool(scores.isfinite().all()) and torch.allclose(token.sum(-1), scores, rtol=1e-3, atol=1e-3)
+    assert bool(scores.isfinite().all()) and bool(
+        ((token.sum(-1) - scores).abs() <= 1e-5 * token.abs().sum(-1)).all())
     named = lm.__class__(lm.model, lm.tokenizer, "</script><b>\u202e\x00")
     made = explorer.explore(named, factors, queries, stories, train, scores, 16, 256)
     path = tmp_path_factory.mktemp("hostile") / "page.html"

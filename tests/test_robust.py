@@ -168,7 +168,7 @@ def test_layers_that_see_other_positions_than_the_mask_are_refused():
             return out
 
     model = Prompted()
-    with pytest.raises(ValueError, match="sees .* positions where attention_mask is .* leave it out"):
+    with pytest.raises(ValueError, match="sees .* positions where the tokens are .* leave it out"):
         fit_ekfac(model, BATCHES, linear_layers(model, "mlp"), **QUIET)
 
 
