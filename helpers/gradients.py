@@ -177,12 +177,13 @@ def _dtype(model):
 def _check_layers(model, batch, layers, task, got, rtol):
     """ValueError where Σ_t Ds_t ā_tᵀ is not autograd's gradient of a layer's weight: it computes something else."""
     weights = {name: model.get_submodule(name).weight for name in layers}
-    weights = {name: weight for name, weight in weights.items() if weight.is_leaf and weight.is_floating_point()}
+    weights = {name: weight for name, weight in weights.items()
+               if isinstance(weight, torch.nn.Parameter) and weight.is_floating_point()}
     with torch.enable_grad():
         try:
             [weight.requires_grad_(True) for weight in weights.values()]
             found = torch.autograd.grad(summed_loss(*asked(task, model, batch)), list(weights.values()),
-                                        allow_unused=True)
+                                        allow_unused=True) if weights else ()
         finally:
             [weight.requires_grad_(False) for weight in weights.values()]
     found = {name: theirs for name, theirs in zip(weights, found) if theirs is not None}
