@@ -95,6 +95,8 @@ def first_sentence(text):
 def continuation(lm, prompt, most=30):
     """The model's own next sentence after `prompt`, greedily, in at most `most` tokens."""
     check_unicode(prompt, "prompt")
+    if not prompt.strip():
+        raise ValueError(f"prompt {prompt!r} is empty: give the words that the model is to continue")
     limit = min(MAX_LENGTH, lm.tokenizer.model_max_length)
     ids = lm.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
     if ids.shape[1] >= limit:

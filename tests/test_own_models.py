@@ -17,10 +17,12 @@ from helpers import (
     fit_ekfac,
     influence,
     linear_layers,
+    load_lm,
 )
 from helpers.classifier import labelled_batches
 from helpers.examples import by_length
 from helpers.influence import sequence_gradients
+from helpers.queries import continuation
 from helpers.tasks import keyed_uniforms
 
 QUIET = {"progress": False}
@@ -265,3 +267,9 @@ def test_small_things():
         fit_ekfac(model, BATCHES, [layer, layer], **QUIET)
     with pytest.raises(ValueError, match="labels: got .*; classes are whole numbers"):
         labelled_batches(["a b", "c d"], [0.7, 1.9], None)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(prompt):
+    with pytest.raises(ValueError, match="prompt .* is empty"):
+        continuation(load_lm(), prompt)
