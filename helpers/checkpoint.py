@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def job_of(model, task, data, values):
                          "def")
     code = task if hasattr(task, "__code__") else type(task).__call__
     told = repr([_code(getattr(code, "__code__", None)), vars(task) if named is type(task) else ""])
+    told = re.sub(" at 0x[0-9a-f]+", "", told)  # where an object happens to lie
     return {"model": type(model).__name__, "weights": digest_of(model.state_dict()), "config": _config(model),
             "task": f"{named.__module__}.{named.__qualname__}", "task_code": _short(told), "data": data.hexdigest(),
             "ranks": size(), "block": BLOCK} | values
@@ -107,7 +109,9 @@ def job_of(model, task, data, values):
 
 def _code(code):
     """What a function does, without line numbers: its bytecode, names and constants."""
-    inner = [_code(part) if hasattr(part, "co_code") else part for part in getattr(code, "co_consts", ())]
+    # a set of words has another order in every process
+    plain = lambda part: sorted(map(repr, part)) if isinstance(part, frozenset) else part
+    inner = [_code(part) if hasattr(part, "co_code") else plain(part) for part in getattr(code, "co_consts", ())]
     return [getattr(code, "co_code", b"").hex(), getattr(code, "co_names", ()), inner]
 
 

@@ -68,7 +68,7 @@ def load_labelled(source="bundled", split="train", limit=None, classes=2, seed=0
 def labelled_batches(texts, labels, tokenizer, max_length=128, batch_size=16):
     """Batches of `texts` in order, with one label each: {input_ids, attention_mask, labels [B]}.
 
-    Raises ValueError where there are not as many labels as texts, and as `tokenize` does.
+    Raises ValueError where there are not as many labels as texts, for labels with a fraction, and as `tokenize` does.
     """
     labels = torch.as_tensor(labels)
     if labels.is_floating_point():

@@ -78,8 +78,8 @@ class StoryBatches:
 def stories_on_disk(source, folder, limit=None):
     """The texts of `load_stories(source, limit=limit)`, through an Arrow file in `folder` and mapped from it.
 
-    A story at a time, so that memory does not grow with their number; the file's name, which no other job has, is gone
-    when this returns. Raises what load_stories raises.
+    A story at a time, so that memory does not grow with their number; the file, whose name no other job has, is gone
+    when this returns, and stays only where the process is killed before. Raises what load_stories raises.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be 1 or more, or None")

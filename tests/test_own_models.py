@@ -1,6 +1,9 @@
 """Models, tasks and batches that people bring along: the numbers are autograd's, or there are none and a reason."""
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -178,7 +181,7 @@ def test_attention_that_is_another_when_written_out():
     whole = influence(model, factors, BATCHES[:1], BATCHES, **QUIET)
     parts = influence(model, factors, BATCHES[:1], BATCHES, per="output_token", **QUIET)
     assert close(parts.sum(2), whole, 1e-6)
-    with pytest.raises(ValueError, match="attention written out .* gives other outputs than its own"):
+    with pytest.raises(ValueError, match="attention written out, .* gives other outputs than its own"):
         exact_influence(model, BATCHES[:1], BATCHES, causal_lm, 1.0)
 
 
@@ -210,6 +213,15 @@ def make(scale):
     space = {"causal_lm": causal_lm}
     exec(f"def task(model, batch):\n    out, y = causal_lm(model, batch)\n    return {scale} * out, y", space)
     return space["task"]
+
+
+def test_a_task_is_told_by_what_it_does_in_every_process():
+    code = ("import hashlib, torch; from helpers.checkpoint import job_of\n"
+            "def task(model, batch): return model if batch in {'one', 'two', 'three', 'four'} else None\n"
+            "print(job_of(torch.nn.Linear(1, 1), task, hashlib.md5(), {})['task_code'])")
+    told = [subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, text=True,
+                           capture_output=True, check=True).stdout for seed in ("1", "2")]
+    assert told[0] == told[1] != ""
 
 
 @pytest.mark.parametrize("first,other", [(Task(1.0), Task(3.0)), (make(1.0), make(3.0))])
