@@ -15,6 +15,7 @@ from .tasks import (
     asked,
     causal_lm,
     draw_targets,
+    embeddings_named,
     keyed_uniforms,
     read_by_model,
     summed_loss,
@@ -199,7 +200,8 @@ def _check_layers(model, batch, layers, task, got, rtol, rounding):
 
 def last_hidden(model, batch):
     """What the head of a causal language model gets, [B, T, d]."""
-    return model.base_model(**read_by_model(batch), use_cache=False)[0]
+    with embeddings_named(model, batch):
+        return model.base_model(**read_by_model(batch), use_cache=False)[0]
 
 
 def finite(value, name, rows):

@@ -5,6 +5,7 @@ categorical and -100 is ignored; floating targets [batch, ..., C] are Gaussian w
 """
 
 import hashlib
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -43,9 +44,26 @@ def read_by_model(batch):
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
+@contextmanager
+def embeddings_named(model, batch):
+    """An IndexError that tells what was looked up, where the model has no embedding for a token or a position."""
+    try:
+        yield
+    except IndexError as error:
+        ids, config = batch.get("input_ids"), getattr(model, "config", None)
+        if ids is None or ids.is_floating_point() or "index out of range" not in str(error):
+            raise
+        known = [getattr(config, name, "?") for name in ("vocab_size", "max_position_embeddings")]
+        raise IndexError(f"batches: {ids.shape[-1]} positions with token ids {int(ids.min())} to {int(ids.max())}, but "
+                         f"the model has embeddings for {known[1]} positions and {known[0]} tokens: take its own "
+                         "tokenizer, and max_length no longer than it reads") from error
+
+
 def asked(task, model, batch):
-    """(outputs, targets) of `task`; raises ValueError where it returns anything else, or shapes that do not match."""
-    given, n = task(model, batch), len(next(iter(batch.values())))
+    """(outputs, targets) of `task`; raises ValueError where it returns anything else, or shapes that do not match, and
+    IndexError for a token or a position that the model does not know."""
+    with embeddings_named(model, batch):
+        given, n = task(model, batch), len(next(iter(batch.values())))
     if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, torch.Tensor) for x in given)):
         kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
         raise ValueError(f"task: it returned {kind}; it must return (outputs [..., C], targets [...]), of which "

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.bundled import generate, measure, train
+from helpers.bundled import expand, generate, measure, stories, train
 
 HERE = train.HERE
 REAL = Path(__file__).parents[2] / "shared" / "data" / "tinystories" / "train.jsonl.gz"
@@ -53,11 +54,39 @@ def test_there_are_enough_different_stories(rows):
 
 
 def test_a_story_is_built_round_its_words(rows):
-    forms = {entry.split(";")[0]: entry.split(";") for entry in generate.read_grammar()["verbs"]}
+    rules = generate.read_grammar()
+    forms = {entry.split(";")[0]: entry.split(";") for entry in rules["verbs"] + rules["learn.verbs"]}
     for row in rows:
         text = row["text"].lower()
         assert any(re.search(rf"\b{form}\b", text) for form in forms[row["verb"]]), row
         assert all(re.search(rf"\b{row[word]}\b", text) for word in ("noun", "adjective")), row
+
+
+def test_every_storyline_is_whole_and_names_only_what_is_bound():
+    rules = generate.read_grammar()
+    lines = [name.removesuffix(".setup") for name in rules if name.endswith(".setup")]
+    assert len(lines) >= 90 and {line.split(".")[0] + ".moral" for line in lines} <= set(rules)
+    for line in lines:
+        beats = [rules[f"{line}.{beat}"] for beat in ("setup", "problem", "talk", "try", "twist", "happy", "sad")]
+        assert all(len(texts) == 1 for texts in beats) and "{J}" in beats[0][0] and "{O}" in beats[0][0], line
+    bound = stories.bindings(stories.Order("Lily", "girl"), "lost", rules, random.Random(0))
+    known = {*bound, "a", "S"} | {f"{who}{part}" for who in stories.FIRST for part in ("", ".intro")}
+    used = [match for texts in rules.values() for text in texts for match in expand.REFERENCE.findall(text)]
+    assert {rule for rule, _ in used if rule} <= set(rules)
+    assert {name for _, name in used if name} <= known
+
+
+def test_what_a_story_binds_stays_the_same(rows):
+    """A story's drawn thing comes in with its adjective, and the place's spots belong to one place."""
+    rules = generate.read_grammar()
+    spots = {name.split(".")[0]: set(rules[name]) for name in rules if name.endswith(".spots")}
+    for row in rows[:1500]:
+        assert re.search(rf"\b{row['adjective']} {row['noun']}\b", row["text"].lower()), row
+    rng = random.Random(0)
+    for _ in range(200):
+        bound = stories.place(rules, rng)
+        place = next(name for name in spots if rules[f"place.{name}"][0].endswith(bound["P"]))
+        assert len({bound["spot"], bound["spot2"], bound["spot3"]} & spots[place]) == 3
 
 
 def test_moods_are_balanced_and_in_the_features(rows):

@@ -285,3 +285,18 @@ def test_small_things():
 def test_an_empty_prompt_is_refused(prompt):
     with pytest.raises(ValueError, match="prompt .* is empty"):
         continuation(load_lm(), prompt)
+
+
+@pytest.mark.parametrize(("ids", "match"), [
+    (torch.full((2, 5), tiny.VOCABULARY + 3), f"5 positions with token ids {tiny.VOCABULARY + 3} to "
+     f"{tiny.VOCABULARY + 3}, but the model has embeddings for 40 positions and {tiny.VOCABULARY} tokens"),
+    (torch.ones(2, 50, dtype=torch.long), "50 positions with token ids 1 to 1"),
+])
+def test_what_the_embeddings_lack_is_named(ids, match):
+    """A tokenizer of another model, and texts longer than the position table; in the first batch and in a later one."""
+    model, good = tiny.gpt2(), torch.ones(2, 5, dtype=torch.long)
+    layers = linear_layers(model, tiny.LAYERS)
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x % 5} for x in (ids, good)]
+    for order in (batches, batches[::-1]):
+        with pytest.raises(IndexError, match=match):
+            fit_ekfac(model, order, layers, progress=False)

@@ -38,6 +38,13 @@ def test_the_bundled_model_passes_in_single_precision():
     assert not failed(check_setup(lm.model, batches, linear_layers(lm.model, "mlp")))
 
 
+def test_an_end_token_behind_completions_is_no_pad():
+    batch = batch_of() | {"attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"].clone().index_fill_(1, torch.tensor([0, 1, 8]), -100)
+    model = tiny.llama()
+    assert not failed(check_setup(model, [batch], linear_layers(model, "mlp")))
+
+
 def test_every_mistake_fails_its_check():
     model = tiny.llama()
     layers = linear_layers(model, "mlp")

@@ -7,19 +7,23 @@ from pathlib import Path
 
 GRAMMAR = Path(__file__).parent / "grammar"
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
-REFERENCE = re.compile(r"@([a-z_]+(?:\.[a-z]+)?)|\{([A-Za-z._]+)\}")
+REFERENCE = re.compile(r"@([a-z_]+(?:\.[a-z]+)?)|\{([A-Za-z0-9._]+)\}")
 
 
-def read_grammar(names=("words", "common", "plots", "facts")):
-    """Rules by name, each a list of alternatives; `name = a | b` on one line, or `== name` and a line for each."""
-    rules, current = {}, None
+def read_grammar(names=("words", "places", "common", "plots", "facts")):
+    """Rules by name, each a list of alternatives: `name = a | b` on one line; `== name` and a line for each; or, in a
+    storyline, `== lost.1` and lines such as `setup: ...`, each the rule `lost.1.setup`."""
+    rules, current, heading = {}, None, None
     for name in names:
         for line in (GRAMMAR / f"{name}.txt").read_text(encoding="utf-8").splitlines():
-            short = re.match(r"([a-z_]+) = (.*)", line)
+            short, beat = re.match(r"([a-z_.]+) = (.*)", line), re.match(r"([a-z]+): (.*)", line)
             if line.startswith("== "):
-                current = rules.setdefault(line[3:].strip(), [])
+                heading = line[3:].strip()
+                current = [] if heading[-1].isdigit() else rules.setdefault(heading, [])
             elif short:
                 rules[short[1]] = [entry.strip() for entry in short[2].split(" | ")]
+            elif beat and heading[-1].isdigit():
+                rules[f"{heading}.{beat[1]}"] = [beat[2].strip()]
             elif line.strip() and not line.startswith("#"):
                 current.append(line.rstrip("\n"))
     return rules

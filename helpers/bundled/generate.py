@@ -13,7 +13,7 @@ from helpers.bundled.expand import GRAMMAR, polish, read_grammar
 from helpers.bundled.stories import Order, write_story
 
 HERE = Path(__file__).parent
-SEED, N_TRAIN, N_VALIDATION = 0, 7000, 500
+SEED, N_TRAIN, N_VALIDATION = 0, 8000, 500
 FACTS_PER_COUNT = {1: 6, 2: 6, 4: 6, 8: 12, 16: 12, 32: 12, 64: 12}
 PHRASE_TELLINGS = 10  # stories in each of the two orders
 

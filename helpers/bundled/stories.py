@@ -6,11 +6,11 @@ from random import Random
 from helpers.bundled.expand import expand, polish
 
 TRAITS = ("hair", "coat", "pal", "color")  # of every child, told again and again
-MAX_PIECES = 180  # words and punctuation marks; keeps every story within the model's 256 positions
-CHANCE = {"weather": 0.12, "foreshadowing": 0.1, "dialogue": 0.4, "attempt": 0.35, "twist": 0.1, "afterwards": 0.6,
+MAX_PIECES = 190  # words and punctuation marks; keeps every story within the model's 256 positions
+CHANCE = {"background": 0.4, "foreshadowing": 0.08, "dialogue": 0.3, "attempt": 0.3, "twist": 0.1, "afterwards": 0.35,
           "moral": 0.25}
 FEATURES = ("foreshadowing", "dialogue", "twist", "moral")  # of these, the ones that a row names
-FIRST = {"F": "\1", "A": "\2"}  # stand for a character until its first mention is known
+FIRST = {"F": "\1", "A": "\2", "Q": "\3"}  # stand for a character until its first mention is known
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,45 @@ def pronouns(kid, prefix=""):
 def world(name, kid, rules):
     """What belongs to a child in all of its stories: traits, things, two adults, and two who come along."""
     own = Random(f"traits {name}")
-    bound = {part: own.choice(rules[f"trait_{part}"]) for part in TRAITS}
+    bound = {f"own.{part}": own.choice(rules[f"trait_{part}"]) for part in TRAITS}
     his, trait, animal = ("her" if kid == "girl" else "his"), own.choice(rules["trait"]), own.choice(rules["beasts"])
-    relative = own.choice(("sister", "cousin", "aunt", "brother", "uncle"))
-    boy = bound["pal"] in rules["friend_boys"]
+    relative, friend = own.choice(("sister", "cousin", "brother")), bound["own.pal"]
     pet = ({"F": f"the {animal}", "F.intro": f"a {trait} {animal}"}, own.choice(("girl", "boy")))
-    pal = ({"F": bound["pal"], "F.intro": f"{his} friend {bound['pal']}"}, "boy" if boy else "girl")
+    pal = ({"F": friend, "F.intro": f"{his} friend {friend}"}, "boy" if friend in rules["friend_boys"] else "girl")
     family = ({"F": f"{his} {relative}", "F.intro": f"{his} {trait} {relative}"},
-              "boy" if relative in ("brother", "uncle") else "girl")
+              "boy" if relative == "brother" else "girl")
     friends = [own.choice((pet, pet, pal)), family]
     return bound, friends, own.sample(rules["nouns"], 4), own.sample(rules["adults"], 2)
 
 
-def bindings(order, rules, rng):
+def place(rules, rng):
+    """Bindings of one place: its name in three forms, three spots, what lies and lives there, somebody who belongs."""
+    name = rng.choice(sorted(rule for rule in rules if rule.startswith("place.")))
+    bound = dict(zip(("P.in", "P.to", "P"), rules[name][0].split(";")))
+    name = name.removeprefix("place.")
+    bound |= dict(zip(("spot", "spot2", "spot3"), rng.sample(rules[f"{name}.spots"], 3)))
+    bound |= {part: rng.choice(rules[f"{name}.{part}"]) for part in ("sights", "locals")}
+    person, *words = rng.choice(rules[f"{name}.people"]).split(";")
+    bound |= dict(zip(("Q.he", "Q.him", "Q.his"), words))
+    return bound | {"Q.intro": person, "Q": "the " + person.split(" ", 1)[1]}
+
+
+def bindings(order, plot, rules, rng):
     """Everything a story's templates may refer to, drawn once, so that what is introduced stays the same."""
     own, friends, things, adults = world(order.name, order.kid, rules)
-    bound = {"N": order.name, "kid": order.kid} | own | pronouns(order.kid)
+    bound = {"N": order.name, "kid": order.kid} | own | pronouns(order.kid) | place(rules, rng)
     names, kid = friends[rng.random() < 0.25]
     bound |= names | pronouns(kid, "F.")
     bound |= dict(zip(("G", "G.he", "G.him", "G.his"), rng.choice(adults).split(";")))
     animal = rng.choice([a for a in rules["beasts"] if f"the {a}" != bound["F"]])
-    bound |= {"A": f"the {animal}", "A.bare": f"a {animal}", "A.intro": f"a {rng.choice(rules['size'])} {animal}"}
+    bound |= {"A": f"the {animal}", "A.intro": f"a {rng.choice(rules['trait'])} {animal}"}
     bound |= {"O": rng.choice(things), "J": rng.choice(rules["adjectives"])}
-    bound |= dict(zip(("v", "v.ed", "v.ing"), rng.choice(rules["verbs"]).split(";")))
-    bound |= dict(zip(("P.in", "P.to", "P"), rng.choice(rules["places"]).split(";")))
-    return bound
+    bound |= dict(zip(("v", "v.ed", "v.ing"), rng.choice(rules.get(f"{plot}.verbs", rules["verbs"])).split(";")))
+    for names, rule in ((("food", "food2"), "foods"), (("color", "color2"), "color"), (("nook", "nook2"), "nooks")):
+        bound |= dict(zip(names, rng.sample(rules[rule], 2)))
+    bound |= {"toys": rng.choice([toy for toy in rules["toys"] if toy != f"{bound['O']}s"]),
+              "animals": rng.choice(rules["animals"]), "moral": rng.choice(rules[f"{plot}.moral"])}
+    return bound | {"snack": expand(rng.choice(rules["snack"]), rules, bound, rng)}
 
 
 def introduce(passages, bound):
@@ -70,30 +84,19 @@ def introduce(passages, bound):
         yield beat, polish(passage)
 
 
-def beats(plot, mood, features, bound, rules, rng):
-    """The story's passages in order, polished; those whose feature was not drawn are left out.
-
-    A plot has three threads: where a beat has three wordings, the story keeps to those of its own thread.
-    """
-    thread = rng.randrange(3)
-    order = ["open", "weather", "hint", f"{plot}.setup", f"{plot}.problem", f"{plot}.talk", f"{plot}.try", "twist",
-             f"{plot}.{mood}", f"close.{mood}", "moralize"]
-    feature = {"weather": "weather", "hint": "foreshadowing", f"{plot}.talk": "dialogue", f"{plot}.try": "attempt",
-               "twist": "twist", f"close.{mood}": "afterwards", "moralize": "moral"}
-    wanted = [beat for beat in order if feature.get(beat) in (None, *features)]
+def beats(line, mood, features, bound, rules, rng):
+    """The passages of a storyline (such as lost.3) in order; those whose feature was not drawn are left out."""
+    plot = line.split(".")[0]
+    close = f"{plot}.close.{mood}" if f"{plot}.close.{mood}" in rules else f"close.{mood}"
+    order = {"open": None, "traits": None, "about": "background", "hint": "foreshadowing", f"{line}.setup": None,
+             f"{line}.problem": None, f"{line}.talk": "dialogue", f"{line}.try": "attempt", f"{line}.twist": "twist",
+             f"{line}.{mood}": None, close: "afterwards", "moralize": "moral"}
+    drawn = {beat: rng.choice(rules[beat]) for beat, feature in order.items() if feature in (None, *features)}
+    drawn["traits"] = " ".join(f"{{N}}'s {part}" for part in rng.sample(rules["traits"], rng.choice((1, 1, 2))))
+    if "{v" not in drawn[f"{line}.setup"]:
+        drawn["open"] += " " + rng.choice(rules["use.verb"])
     hidden = bound | {f"{who}{part}": mark for who, mark in FIRST.items() for part in ("", ".intro")}
-    choose = lambda beat: rules[beat][thread] if len(rules[beat]) == 3 and plot in beat else rng.choice(rules[beat])
-    return list(introduce([(beat, expand(choose(beat), rules, hidden, rng)) for beat in wanted], bound))
-
-
-def missing_words(text, bound):
-    """Rules that bring in the drawn words which the beats happened not to use."""
-    lower = text.lower()
-    used = {
-        "use.verb": any(re.search(rf"\b{bound[form]}\b", lower) for form in ("v", "v.ed", "v.ing")),
-        "use.noun": all(re.search(rf"\b{bound[word]}\b", lower) for word in ("O", "J")),
-    }
-    return [rule for rule, present in used.items() if not present]
+    return list(introduce([(beat, expand(text, rules, hidden, rng)) for beat, text in drawn.items()], bound))
 
 
 def join(passages):
@@ -107,27 +110,22 @@ def join(passages):
 
 
 def insert_extras(passages, extras, bound, rules, rng):
-    """Put the planned sentences between the passages; half of the literal tellings right after the opening."""
+    """Put the planned sentences before the plot begins; a quarter of the tellings after its setup or its end."""
     for kind, key, template, extra in extras:
         sentence = polish(expand(template, rules, bound | extra, rng))
-        early = kind == "literal" and rng.random() < 0.5
-        at = rng.choice((1, 2)) if early else rng.randint(1, len(passages))
+        setup, = (i for i, (beat, _) in enumerate(passages) if beat.endswith(".setup"))
+        end, = (i for i, (beat, _) in enumerate(passages) if beat.endswith((".happy", ".sad")) and "close" not in beat)
+        late = kind in ("literal", "paraphrased") and rng.random() < 0.25
+        at = rng.choice((setup + 1, end + 1, len(passages))) if late else rng.randint(1, setup)
         passages.insert(at, (f"extra.{kind}.{key}", sentence))
 
 
-def draft(order, rules, rng):
-    """One attempt at a story: (row without text, passages)."""
-    plot = rng.choice(sorted(name[:-6] for name in rules if name.endswith(".setup")))
-    mood = "sad" if rng.random() < 0.45 else "happy"
+def draft(order, line, mood, rules, rng):
+    """One attempt at a story of a storyline: (row without text, passages)."""
+    plot = line.split(".")[0]
     features = [name for name, chance in CHANCE.items() if rng.random() < chance]
-    bound = bindings(order, rules, rng)
-    bound["moral"] = rng.choice(rules[f"{plot}.moral"])
-    passages = beats(plot, mood, features, bound, rules, rng)
-    traits = rng.sample([f"{{N}}'s {sentence}" for sentence in rules["traits"]], rng.choice((1, 1, 2)))
-    passages.insert(1, ("traits", polish(expand(" ".join(traits), rules, bound, rng))))
-    ending = next(i for i, (beat, _) in enumerate(passages) if beat == f"{plot}.{mood}")
-    for rule in missing_words(join(passages)[0], bound):
-        passages.insert(ending, (rule, polish(expand(rng.choice(rules[rule]), rules, bound, rng))))
+    bound = bindings(order, plot, rules, rng)
+    passages = beats(line, mood, features, bound, rules, rng)
     insert_extras(passages, order.extras, bound, rules, rng)
     told = [name for name in features if name in FEATURES] + ["bad ending"] * (mood == "sad")
     row = {"plot": plot, "verb": bound["v"], "noun": bound["O"], "adjective": bound["J"], "features": told,
@@ -137,11 +135,15 @@ def draft(order, rules, rng):
 
 def write_story(order, rules, rng):
     """One story. Returns (row, spans): its columns, and (kind, id, start, end) of every inserted sentence."""
+    line = rng.choice([name.removesuffix(".setup") for name in rules if name.endswith(".setup")])
+    mood = "sad" if rng.random() < 0.45 else "happy"
     for _ in range(100):
-        row, passages = draft(order, rules, rng)
+        row, passages = draft(order, line, mood, rules, rng)
         text, starts = join(passages)
         if len(re.findall(r"\w+|[^\w\s]", text)) <= MAX_PIECES:
             break
+    else:
+        raise ValueError(f"storyline {line}: 100 drafts have more than {MAX_PIECES} words and marks; shorten it")
     spans = [(*beat.split(".")[1:], start, start + len(passage))
              for (beat, passage), start in zip(passages, starts) if beat.startswith("extra.")]
     return {"text": text} | row, spans

@@ -1,7 +1,7 @@
 """Train the bundled tokenizer and GPT-Neo on the bundled corpus: `python -m helpers.bundled.train --seed 1`.
 
 Every story is one sequence, BOS + story + EOS, padded and masked, just as the notebooks evaluate it. The weights after
-each pass are kept in the work folder, and those of pass 6 after one more pass in which the rate falls to nothing
+each pass are kept in the work folder, and those of pass 9 after one more pass in which the rate falls to nothing
 (`cooled`, the bundled model); a run that was killed goes on after its last whole pass.
 """
 import argparse
@@ -20,9 +20,9 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFas
 HERE = Path(__file__).parent
 BOS, PAD = "<|endoftext|>", "<|pad|>"  # tokens 0 and 1
 PAD_ID = 1
-VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2400, 96, 4, 6, 256
-BATCH, RATE, WARMUP = 16, 4e-3, 200
-BRANCH = 6  # the pass after which the bundled model was cooled
+VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2800, 96, 4, 6, 256
+BATCH, RATE, WARMUP, DROPOUT = 16, 4e-3, 200, 0.1
+BRANCH = 9  # the pass after which the bundled model was cooled
 
 
 def read(name):
@@ -156,9 +156,12 @@ def average_gradients(model):
         p.grad.copy_(part.view_as(p))
 
 
-def one_pass(model, optimizer, ids, order, rate, rank, processes):
+def one_pass(model, optimizer, ids, order, rate, dropout, rank, processes):
     """One pass over the corpus, in the order that the seed `order` gives; rate(k, n) is the rate of step k of n."""
+    torch.manual_seed(2 * order + rank)
     model.train()
+    for layer in (model.transformer.drop, *(block.mlp.dropout for block in model.transformer.h)):
+        layer.p = dropout  # only here: it is 0 in the configuration that is saved
     batches = epoch_batches(ids, order)
     for k, indices in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate(k, len(batches))
@@ -178,11 +181,6 @@ def running(epoch, passes):
 def cooling(passes):
     """rate(k, n) of the pass that cools: from what the run has after pass BRANCH to nothing."""
     return lambda k, n: running(BRANCH, passes)(0, n) * min(2 * (k + 1) / WARMUP, 1) * (1 - k / n)
-
-
-def save(model, tokenizer, folder):
-    for part in (model, tokenizer):
-        part.save_pretrained(folder)
 
 
 def prepare(rank, processes, meeting):
@@ -211,24 +209,24 @@ def train(rank, processes, meeting, seed, passes, work):
         part.load_state_dict(saved[name])
     for epoch in range(saved["epoch"], passes):
         start = time.time()
-        one_pass(model, optimizer, ids, 1000 * seed + epoch, running(epoch, passes), rank, processes)
+        one_pass(model, optimizer, ids, 1000 * seed + epoch, running(epoch, passes), DROPOUT, rank, processes)
         if rank == 0:
             taken = time.time() - start
             print(f"pass {epoch + 1} {report(model, tokenizer, ids[:500], held_out)} {taken:.0f} s", flush=True)
-            save(model, tokenizer, work / f"pass{epoch + 1:02d}")
+            [part.save_pretrained(work / f"pass{epoch + 1:02d}") for part in (model, tokenizer)]
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
             torch.save(state, work / "state.pt")
         distributed.barrier()
 
 
 def cool(rank, processes, meeting, seed, passes, work):
-    """One more pass after pass BRANCH, with a fresh optimizer whose rate falls to nothing: the weights come to rest."""
+    """One more pass after pass BRANCH, without dropout, in which the rate falls to nothing: the weights come to rest."""
     tokenizer, ids, held_out = prepare(rank, processes, meeting)
     model = GPTNeoForCausalLM.from_pretrained(work / f"pass{BRANCH:02d}")
-    one_pass(model, new_optimizer(model), ids, 1000 * seed + BRANCH, cooling(passes), rank, processes)
+    one_pass(model, new_optimizer(model), ids, 1000 * seed + BRANCH, cooling(passes), 0.0, rank, processes)
     if rank == 0:
         print(f"cooled {report(model, tokenizer, ids[:500], held_out)}", flush=True)
-        save(model, tokenizer, work / "cooled")
+        [part.save_pretrained(work / "cooled") for part in (model, tokenizer)]
     distributed.barrier()
 
 
