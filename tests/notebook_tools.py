@@ -73,12 +73,14 @@ def modules_of(notebook, folder):
 
 
 def helpers_hash(notebook, folder=ROOT / "helpers"):
-    """Hash of what a notebook uses of helpers: code of modules, the figures' style, and the data where `sources` is."""
-    modules = modules_of(notebook, folder)
+    """Hash of what a notebook uses of helpers: code of modules, the figures' style, and, where `sources` is, the data;
+    of the bundled checkpoints those that its code names."""
+    modules, code = modules_of(notebook, folder), "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
     paths = [folder / f"{name}.py" for name in modules] + sorted(folder.glob("*.mplstyle"))
     if "sources" in modules:
         paths += sorted(path for path in (folder / "bundled").rglob("*") if path.is_file()
-                        and path.suffix not in (".py", ".md", ".pyc") and path.parent.name != "grammar")
+                        and path.suffix not in (".py", ".md", ".pyc") and path.parent.name != "grammar"
+                        and (path.parent.parent.name != "checkpoints" or path.parent.name in code))
     texts = [code_only(path.read_text("utf-8")) if path.suffix == ".py" else path.read_bytes() for path in paths]
     names = [path.relative_to(folder).as_posix() for path in paths]
     return _hash(part for pair in zip(names, texts, strict=True) for part in pair)

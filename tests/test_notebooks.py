@@ -215,6 +215,15 @@ def test_helpers_hash_sees_imported_code_and_data_but_not_comments(tmp_path):
         (tmp_path / inert).write_text("print(1)", "utf-8")
     assert digest("def f(x):\n    return x + 1\n") == base
 
+    (tmp_path / "bundled" / "checkpoints" / "early").mkdir(parents=True)
+    early = tmp_path / "bundled" / "checkpoints" / "early" / "model"
+    named = "from helpers import f, load\nload('early')"
+    early.write_bytes(b"1")
+    assert digest("def f(x):\n    return x + 1\n") == base, "a checkpoint that the notebook does not name"
+    with_it = digest("f = 1", notebook=named)
+    early.write_bytes(b"2")
+    assert digest("f = 1", notebook=named) != with_it
+
     alone = "from helpers.a import f"  # neither the data nor another module
     first = digest("f = 1", notebook=alone)
     assert digest("f = 1", data=b"2", notebook=alone) == first
