@@ -1,4 +1,4 @@
-"""SmolLM2-135M, some 190 times the size of the bundled model: EK-FAC on one block's MLP, 32 stories, on a laptop.
+"""SmolLM2-135M, some 180 times the size of the bundled model: EK-FAC on one block's MLP, 32 stories, on a laptop.
 
 The weights come from a Python package, in 4 bits, and are computed with in float32:
 
