@@ -49,7 +49,10 @@ class Kronfluence:
     def __init__(self, model, layers, train, queries):
         """train, queries: lists of token ids [T]."""
         self.train, self.queries, self.folder = train, queries, None
-        self.task = LanguageTask(layers)
+        self.task, dtype = LanguageTask(layers), next(model.parameters()).dtype  # float64 for a model in float64
+        names = ("activation_covariance", "gradient_covariance", "lambda", "per_sample_gradient")
+        self.factor_dtypes = {f"{name}_dtype": dtype for name in names}
+        self.score_dtypes = {f"{name}_dtype": dtype for name in ("score", "per_sample_gradient", "precondition")}
         self.model = prepare_model(model, self.task)
 
     def analyzer(self, width=0):
@@ -61,12 +64,13 @@ class Kronfluence:
     def fit(self, labels):
         self.folder = tempfile.TemporaryDirectory()
         self.analyzer().fit_all_factors("factors", self.train, per_device_batch_size=BATCH,
-                                        factor_args=FactorArguments(use_empirical_fisher=labels == "true"))
+                                        factor_args=FactorArguments(use_empirical_fisher=labels == "true",
+                                                                    **self.factor_dtypes))
 
     def scores(self, per):
         longest = max(len(ids) for ids in self.train)  # its token scores must all have one width
         analyzer = self.analyzer(longest if per == "token" else 0)
-        args = ScoreArguments(damping_factor=None, compute_per_token_scores=per == "token")
+        args = ScoreArguments(damping_factor=None, compute_per_token_scores=per == "token", **self.score_dtypes)
         analyzer.compute_pairwise_scores(per, "factors", self.queries, self.train, len(self.queries), BATCH,
                                          score_args=args, overwrite_output_dir=True)
         return analyzer.load_pairwise_scores(per)["all_modules"]
