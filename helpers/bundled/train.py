@@ -220,7 +220,7 @@ def train(rank, processes, meeting, seed, passes, work):
 
 
 def cool(rank, processes, meeting, seed, passes, work):
-    """One more pass after pass BRANCH, without dropout, in which the rate falls to nothing: the weights come to rest."""
+    """One more pass after pass BRANCH, without dropout, in which the rate falls to nothing and the weights to rest."""
     tokenizer, ids, held_out = prepare(rank, processes, meeting)
     model = GPTNeoForCausalLM.from_pretrained(work / f"pass{BRANCH:02d}")
     one_pass(model, new_optimizer(model), ids, 1000 * seed + BRANCH, cooling(passes), 0.0, rank, processes)
