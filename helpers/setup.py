@@ -95,7 +95,7 @@ def _pads(model, batch, task, rtol):
         return "pads", None, "no labels along a token axis with a mask", "", told
     last = (labels != -100).long().cumsum(1).argmax(1)  # the last target of every example
     behind = ((torch.arange(mask.shape[1], device=mask.device) > last[:, None]) & mask.bool()).sum(1)
-    if int(behind.max()) > int(behind.min()):  # as many in every example are an end token behind a completion
+    if int(behind.max()) > min(int(behind.min()), 1):  # one in every example is an end token behind a completion
         return "pads", False, f"{int(behind.sum())} positions behind the last target are attended to", 0, told
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     pad = lambda key, value: torch.nn.functional.pad(value, (0, 3), value=fill.get(key, 0))

@@ -43,6 +43,8 @@ def test_an_end_token_behind_completions_is_no_pad():
     batch["labels"] = batch["input_ids"].clone().index_fill_(1, torch.tensor([0, 1, 8]), -100)
     model = tiny.llama()
     assert not failed(check_setup(model, [batch], linear_layers(model, "mlp")))
+    batch["labels"][:, 7] = -100  # two in every example are pads
+    assert failed(check_setup(model, [batch], linear_layers(model, "mlp"))) == {"pads"}
 
 
 def test_every_mistake_fails_its_check():
