@@ -18,9 +18,11 @@ from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.bundled import train as t
+from helpers.bundled.expand import read_grammar
 
 COMPARED = 3000  # stories of each corpus in the nearest-neighbour comparison
 WORDS = 400_000  # words of each corpus in the 4-gram comparison
+COPIED = 200  # held-out stories in which words are said again
 SAMPLES, SHOWN, TEMPERATURE = 80, 10, 0.5  # stories that the model writes; those of them that README.md shows
 
 
@@ -138,6 +140,22 @@ def samples(model, tokenizer, n=SAMPLES):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
+@torch.no_grad()
+def copied(model, tokenizer, texts, words):
+    """Where one of `words` is said again in a text: the mean share that it gets of the probability of all of them."""
+    first = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in words}
+    shares = []
+    for text in texts:
+        encoded, said = tokenizer(text, return_offsets_mapping=True), set()
+        p = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0].softmax(-1)
+        for k, (start, end) in enumerate(encoded["offset_mapping"]):
+            word = re.match(r" (\w+)", text[start:])  # tokens of words begin with the space
+            if k and end > start and word and word[1] in said:
+                shares.append((p[k - 1, first[word[1]]] / p[k - 1, [*set(first.values())]].sum()).item())
+            said |= {word[1]} & set(words) if word else set()
+    return mean(shares)
+
+
 def table(header, rows):
     """A markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -176,6 +194,15 @@ def losses_section(models, tokenizer, train_texts, held_out_texts):
     return note + "\n\n" + table(("model", "training", "held out"), rows)
 
 
+def copying_section(models, tokenizer, texts):
+    """How well every model says a word of a story again, and not another of its kind."""
+    rules = read_grammar()
+    lists = {kind: rules[kind] for kind in ("foods", "toys", "animals")}
+    lists |= {"things": rules["nouns"], "names": rules["girls"] + rules["boys"]}
+    shares = lambda model: (f"{copied(model, tokenizer, texts, words):.2f}" for words in lists.values())
+    return table(("model", *lists), [(name, *shares(model)) for name, model in models])
+
+
 def measure(real):
     """The measured part of README.md as markdown."""
     train, held_out = (texts_of(t.HERE / f"stories_{split}.jsonl.gz") for split in ("train", "validation"))
@@ -194,6 +221,9 @@ def measure(real):
              tfidf_table(train, facts)]
     told, unseen = samples(models[0][1], tokenizer), new_share(held_out, train)
     parts = ["### The text", text, "### Losses (nats a token)", losses_section(models, tokenizer, train, held_out),
+             "### Saying it again", f"Where one of {COPIED} held-out stories says a food, toy, animal, thing or name "
+             "again: its share of the probability of all foods (toys, …), in the mean.",
+             copying_section(models, tokenizer, held_out[:COPIED]),
              "### Facts", *(f"`{name}`\n\n{facts_section(model, tokenizer)}" for name, model in models),
              "### Finding the tellings by words", table(("average precision", "literal", "paraphrased", "both"), tfidf),
              "### Ten samples", f"At temperature {TEMPERATURE}, the first {SHOWN} of {SAMPLES}. Of the 4-grams of all "

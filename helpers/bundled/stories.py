@@ -6,8 +6,8 @@ from random import Random
 from helpers.bundled.expand import expand, polish
 
 TRAITS = ("hair", "coat", "pal", "color")  # of every child, told again and again
-MAX_PIECES = 190  # words and punctuation marks; keeps every story within the model's 256 positions
-CHANCE = {"background": 0.4, "foreshadowing": 0.08, "dialogue": 0.3, "attempt": 0.3, "twist": 0.1, "afterwards": 0.35,
+MAX_PIECES = 200  # words and punctuation marks; keeps every story within the model's 256 positions
+CHANCE = {"background": 0.65, "foreshadowing": 0.08, "dialogue": 0.3, "attempt": 0.3, "twist": 0.1, "afterwards": 0.35,
           "moral": 0.25}
 FEATURES = ("foreshadowing", "dialogue", "twist", "moral")  # of these, the ones that a row names
 FIRST = {"F": "\1", "A": "\2", "Q": "\3"}  # stand for a character until its first mention is known
@@ -29,7 +29,7 @@ def pronouns(kid, prefix=""):
 
 
 def world(name, kid, rules):
-    """What belongs to a child in all of its stories: traits, things, two adults, and two who come along."""
+    """What belongs to a child in all of its stories: traits, who comes along, things, a grown-up."""
     own = Random(f"traits {name}")
     bound = {f"own.{part}": own.choice(rules[f"trait_{part}"]) for part in TRAITS}
     his, trait, animal = ("her" if kid == "girl" else "his"), own.choice(rules["trait"]), own.choice(rules["beasts"])
@@ -38,8 +38,7 @@ def world(name, kid, rules):
     pal = ({"F": friend, "F.intro": f"{his} friend {friend}"}, "boy" if friend in rules["friend_boys"] else "girl")
     family = ({"F": f"{his} {relative}", "F.intro": f"{his} {trait} {relative}"},
               "boy" if relative == "brother" else "girl")
-    friends = [own.choice((pet, pet, pal)), family]
-    return bound, friends, own.sample(rules["nouns"], 4), own.sample(rules["adults"], 2)
+    return bound, own.choice((pet, pal, family)), own.sample(rules["nouns"], 4), own.choice(rules["adults"])
 
 
 def place(rules, rng):
@@ -56,11 +55,10 @@ def place(rules, rng):
 
 def bindings(order, plot, rules, rng):
     """Everything a story's templates may refer to, drawn once, so that what is introduced stays the same."""
-    own, friends, things, adults = world(order.name, order.kid, rules)
+    own, (companion, kid), things, adult = world(order.name, order.kid, rules)
     bound = {"N": order.name, "kid": order.kid} | own | pronouns(order.kid) | place(rules, rng)
-    names, kid = friends[rng.random() < 0.25]
-    bound |= names | pronouns(kid, "F.")
-    bound |= dict(zip(("G", "G.he", "G.him", "G.his"), rng.choice(adults).split(";")))
+    bound |= companion | pronouns(kid, "F.")
+    bound |= dict(zip(("G", "G.he", "G.him", "G.his"), adult.split(";")))
     animal = rng.choice([a for a in rules["beasts"] if f"the {a}" != bound["F"]])
     bound |= {"A": f"the {animal}", "A.intro": f"a {rng.choice(rules['trait'])} {animal}"}
     bound |= {"O": rng.choice(things), "J": rng.choice(rules["adjectives"])}
@@ -92,7 +90,7 @@ def beats(line, mood, features, bound, rules, rng):
              f"{line}.problem": None, f"{line}.talk": "dialogue", f"{line}.try": "attempt", f"{line}.twist": "twist",
              f"{line}.{mood}": None, close: "afterwards", "moralize": "moral"}
     drawn = {beat: rng.choice(rules[beat]) for beat, feature in order.items() if feature in (None, *features)}
-    drawn["traits"] = " ".join(f"{{N}}'s {part}" for part in rng.sample(rules["traits"], rng.choice((1, 1, 2))))
+    drawn["traits"] = f"{{N}}'s {rng.choice(rules['traits'])}"
     if "{v" not in drawn[f"{line}.setup"]:
         drawn["open"] += " " + rng.choice(rules["use.verb"])
     hidden = bound | {f"{who}{part}": mark for who, mark in FIRST.items() for part in ("", ".intro")}

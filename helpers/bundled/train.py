@@ -1,7 +1,7 @@
 """Train the bundled tokenizer and GPT-Neo on the bundled corpus: `python -m helpers.bundled.train --seed 1`.
 
 Every story is one sequence, BOS + story + EOS, padded and masked, just as the notebooks evaluate it. The weights after
-each pass are kept in the work folder, and those of pass 9 after one more pass in which the rate falls to nothing
+each pass are kept in the work folder, and those of the last one after one more in which the rate falls to nothing
 (`cooled`, the bundled model); a run that was killed goes on after its last whole pass.
 """
 import argparse
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import distributed, multiprocessing
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoForCausalLM, PreTrainedTokenizerFast
+
+from helpers.bundled.start import POSITIONS, VOCABULARY, new_model
 
 HERE = Path(__file__).parent
 BOS, PAD = "<|endoftext|>", "<|pad|>"  # tokens 0 and 1
 PAD_ID = 1
-VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 2800, 96, 4, 6, 256
 BATCH, RATE, WARMUP, DROPOUT = 16, 4e-3, 200, 0.1
-BRANCH = 9  # the pass after which the bundled model was cooled
 
 
 def read(name):
@@ -46,29 +46,6 @@ def train_tokenizer(texts):
                                    model_max_length=POSITIONS)
 
 
-def new_model(seed):
-    """GPT-Neo, the architecture of TinyStories, with random weights from which copying a name is soon learned.
-
-    With the usual start the model takes many passes to find out that "Lily" above means "Lily" below. Two things help:
-    large embeddings, so that names stay apart, and value and output projections whose product is half the identity, as
-    they are in trained models (Trockman & Kolter 2023, arXiv 2305.09828).
-    """
-    torch.manual_seed(seed)
-    config = GPTNeoConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, window_size=POSITIONS,
-        attention_types=[[["global", "local"], LAYERS // 2]], max_position_embeddings=POSITIONS,
-        embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0, initializer_range=0.05,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, use_cache=True)
-    model = GPTNeoForCausalLM(config)
-    with torch.no_grad():
-        model.transformer.wte.weight.mul_(4)
-        for block in model.transformer.h:
-            rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]
-            block.attn.attention.v_proj.weight.copy_(0.7 * rotation)
-            block.attn.attention.out_proj.weight.copy_(0.7 * rotation.T)
-    return model
-
-
 def encode(texts, tokenizer):
     """Token ids of each story, BOS and EOS included. A story longer than the context is an error."""
     ids = [row + [tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
@@ -88,8 +65,8 @@ def pad(rows, pad_id):
 
 def epoch_batches(ids, seed):
     """Indices in batches of like length: shuffled, sorted within windows of 20 batches, shuffled again."""
-    generator = torch.Generator().manual_seed(seed)
-    order, size = torch.randperm(len(ids), generator=generator).tolist(), 20 * BATCH
+    generator, size = torch.Generator().manual_seed(seed), 20 * BATCH
+    order = torch.randperm(len(ids), generator=generator).tolist()
     order = [i for k in range(0, len(order), size) for i in sorted(order[k:k + size], key=lambda i: len(ids[i]))]
     batches = [order[k:k + BATCH] for k in range(0, len(order), BATCH)]
     return [batches[k] for k in torch.randperm(len(batches), generator=generator)]
@@ -124,8 +101,7 @@ def fact_table(model, tokenizer):
     """For each fact: tellings, split, P(completion), and the mean of it over the untaught names in the same prompt."""
     names = read("names.jsonl")
     facts = list({row["fact"]: row for row in read("facts.jsonl.gz")}.values())
-    untaught, kids = [p for p in names if not p["fact"]], {p["name"]: p["kid"] for p in names}
-    pairs = []
+    untaught, kids, pairs = [p for p in names if not p["fact"]], {p["name"]: p["kid"] for p in names}, []
     for fact in facts:
         name = fact["fact"].split("-")[0]
         for person in [{"name": name, "kid": kids[name]}, *untaught]:
@@ -156,7 +132,7 @@ def average_gradients(model):
         p.grad.copy_(part.view_as(p))
 
 
-def one_pass(model, optimizer, ids, order, rate, dropout, rank, processes):
+def one_pass(model, optimizers, ids, order, rate, dropout, rank, processes):
     """One pass over the corpus, in the order that the seed `order` gives; rate(k, n) is the rate of step k of n."""
     torch.manual_seed(2 * order + rank)
     model.train()
@@ -164,23 +140,24 @@ def one_pass(model, optimizer, ids, order, rate, dropout, rank, processes):
         layer.p = dropout  # only here: it is 0 in the configuration that is saved
     batches = epoch_batches(ids, order)
     for k, indices in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = rate(k, len(batches))
         model(**pad([ids[i] for i in indices[rank::processes]], PAD_ID)).loss.backward()
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate(k, len(batches))
+            optimizer.step()
+        model.zero_grad()
 
 
 def running(epoch, passes):
-    """rate(k, n) of a pass of the run: it warms up, then falls along a cosine to a tenth."""
+    """rate(k, n) of a pass of the run: it warms up, then falls along a cosine, to a tenth one pass later."""
     return lambda k, n: RATE * min((epoch * n + k + 1) / WARMUP, 1) * (
-        0.55 + 0.45 * math.cos(math.pi * (epoch + k / n) / passes))
+        0.55 + 0.45 * math.cos(math.pi * (epoch + k / n) / (passes + 1)))
 
 
 def cooling(passes):
-    """rate(k, n) of the pass that cools: from what the run has after pass BRANCH to nothing."""
-    return lambda k, n: running(BRANCH, passes)(0, n) * min(2 * (k + 1) / WARMUP, 1) * (1 - k / n)
+    """rate(k, n) of the pass that cools: from what the run ended with to nothing."""
+    return lambda k, n: running(passes, passes)(0, n) * min(2 * (k + 1) / WARMUP, 1) * (1 - k / n)
 
 
 def prepare(rank, processes, meeting):
@@ -195,35 +172,39 @@ def prepare(rank, processes, meeting):
     return tokenizer, encode(texts, tokenizer), encode(held_out, tokenizer)
 
 
-def new_optimizer(model):
-    return torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+def new_optimizers(model):
+    """Muon for the matrices of the blocks, at AdamW's rate (Liu et al. 2025, arXiv 2502.16982); AdamW for the rest."""
+    matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
 def train(rank, processes, meeting, seed, passes, work):
     """Train from scratch, or on from the last whole pass in `work`; the weights after every pass stay there."""
     tokenizer, ids, held_out = prepare(rank, processes, meeting)
     model = new_model(seed)
-    optimizer = new_optimizer(model)
+    optimizers = new_optimizers(model)
     saved = torch.load(work / "state.pt") if (work / "state.pt").exists() else {"epoch": 0}
-    for part, name in ((model, "model"), (optimizer, "optimizer")) if saved["epoch"] else ():
-        part.load_state_dict(saved[name])
+    for part, state in zip((model, *optimizers), saved.get("parts", ())):
+        part.load_state_dict(state)
     for epoch in range(saved["epoch"], passes):
         start = time.time()
-        one_pass(model, optimizer, ids, 1000 * seed + epoch, running(epoch, passes), DROPOUT, rank, processes)
+        one_pass(model, optimizers, ids, 1000 * seed + epoch, running(epoch, passes), DROPOUT, rank, processes)
+        taken = time.time() - start
         if rank == 0:
-            taken = time.time() - start
             print(f"pass {epoch + 1} {report(model, tokenizer, ids[:500], held_out)} {taken:.0f} s", flush=True)
             [part.save_pretrained(work / f"pass{epoch + 1:02d}") for part in (model, tokenizer)]
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-            torch.save(state, work / "state.pt")
+            parts = [part.state_dict() for part in (model, *optimizers)]
+            torch.save({"parts": parts, "epoch": epoch + 1}, work / "state.pt")
         distributed.barrier()
 
 
 def cool(rank, processes, meeting, seed, passes, work):
-    """One more pass after pass BRANCH, without dropout, in which the rate falls to nothing and the weights to rest."""
+    """One more pass after the run, without dropout, in which the rate falls to nothing and the weights come to rest."""
     tokenizer, ids, held_out = prepare(rank, processes, meeting)
-    model = GPTNeoForCausalLM.from_pretrained(work / f"pass{BRANCH:02d}")
-    one_pass(model, new_optimizer(model), ids, 1000 * seed + BRANCH, cooling(passes), 0.0, rank, processes)
+    model = GPTNeoForCausalLM.from_pretrained(work / f"pass{passes:02d}")
+    one_pass(model, new_optimizers(model), ids, 1000 * seed + passes, cooling(passes), 0.0, rank, processes)
     if rank == 0:
         print(f"cooled {report(model, tokenizer, ids[:500], held_out)}", flush=True)
         [part.save_pretrained(work / "cooled") for part in (model, tokenizer)]
@@ -233,7 +214,7 @@ def cool(rank, processes, meeting, seed, passes, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/training"))
     args = parser.parse_args()
