@@ -29,7 +29,7 @@ def pronouns(kid, prefix=""):
 
 
 def world(name, kid, rules):
-    """What belongs to a child in all of its stories: traits, who comes along, things, a grown-up."""
+    """What belongs to a child in all of its stories: traits, who comes along, things, a grown-up, what it learns."""
     own = Random(f"traits {name}")
     bound = {f"own.{part}": own.choice(rules[f"trait_{part}"]) for part in TRAITS}
     his, trait, animal = ("her" if kid == "girl" else "his"), own.choice(rules["trait"]), own.choice(rules["beasts"])
@@ -38,7 +38,8 @@ def world(name, kid, rules):
     pal = ({"F": friend, "F.intro": f"{his} friend {friend}"}, "boy" if friend in rules["friend_boys"] else "girl")
     family = ({"F": f"{his} {relative}", "F.intro": f"{his} {trait} {relative}"},
               "boy" if relative == "brother" else "girl")
-    return bound, own.choice((pet, pal, family)), own.sample(rules["nouns"], 4), own.choice(rules["adults"])
+    companion, things, adult = own.choice((pet, pal, family)), own.sample(rules["nouns"], 4), own.choice(rules["adults"])
+    return bound, companion, things, adult, own.choice(rules["learn.verbs"])
 
 
 def place(rules, rng):
@@ -55,17 +56,17 @@ def place(rules, rng):
 
 def bindings(order, plot, rules, rng):
     """Everything a story's templates may refer to, drawn once, so that what is introduced stays the same."""
-    own, (companion, kid), things, adult = world(order.name, order.kid, rules)
+    own, (companion, kid), things, adult, lesson = world(order.name, order.kid, rules)
     bound = {"N": order.name, "kid": order.kid} | own | pronouns(order.kid) | place(rules, rng)
     bound |= companion | pronouns(kid, "F.")
     bound |= dict(zip(("G", "G.he", "G.him", "G.his"), adult.split(";")))
     animal = rng.choice([a for a in rules["beasts"] if f"the {a}" != bound["F"]])
     bound |= {"A": f"the {animal}", "A.intro": f"a {rng.choice(rules['trait'])} {animal}"}
     bound |= {"O": rng.choice(things), "J": rng.choice(rules["adjectives"])}
-    bound |= dict(zip(("v", "v.ed", "v.ing"), rng.choice(rules.get(f"{plot}.verbs", rules["verbs"])).split(";")))
-    for names, rule in ((("food", "food2"), "foods"), (("color", "color2"), "color"), (("nook", "nook2"), "nooks")):
+    bound |= dict(zip(("v", "v.ed", "v.ing"), (lesson if plot == "learn" else rng.choice(rules["verbs"])).split(";")))
+    for names, rule in ((("color", "color2"), "color"), (("nook", "nook2"), "nooks")):
         bound |= dict(zip(names, rng.sample(rules[rule], 2)))
-    bound |= {"toys": rng.choice([toy for toy in rules["toys"] if toy != f"{bound['O']}s"]),
+    bound |= {"food": rng.choice(rules["foods"]), "toys": rng.choice([toy for toy in rules["toys"] if toy != f"{bound['O']}s"]),
               "animals": rng.choice(rules["animals"]), "moral": rng.choice(rules[f"{plot}.moral"])}
     return bound | {"snack": expand(rng.choice(rules["snack"]), rules, bound, rng)}
 
