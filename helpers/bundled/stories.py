@@ -38,8 +38,8 @@ def world(name, kid, rules):
     pal = ({"F": friend, "F.intro": f"{his} friend {friend}"}, "boy" if friend in rules["friend_boys"] else "girl")
     family = ({"F": f"{his} {relative}", "F.intro": f"{his} {trait} {relative}"},
               "boy" if relative == "brother" else "girl")
-    companion, things, adult = own.choice((pet, pal, family)), own.sample(rules["nouns"], 4), own.choice(rules["adults"])
-    return bound, companion, things, adult, own.choice(rules["learn.verbs"])
+    companion, things = own.choice((pet, pal, family)), own.sample(rules["nouns"], 4)
+    return bound, companion, things, own.choice(rules["adults"]), own.choice(rules["learn.verbs"])
 
 
 def place(rules, rng):
@@ -66,7 +66,8 @@ def bindings(order, plot, rules, rng):
     bound |= dict(zip(("v", "v.ed", "v.ing"), (lesson if plot == "learn" else rng.choice(rules["verbs"])).split(";")))
     for names, rule in ((("color", "color2"), "color"), (("nook", "nook2"), "nooks")):
         bound |= dict(zip(names, rng.sample(rules[rule], 2)))
-    bound |= {"food": rng.choice(rules["foods"]), "toys": rng.choice([toy for toy in rules["toys"] if toy != f"{bound['O']}s"]),
+    bound |= {"food": rng.choice(rules["foods"]),
+              "toys": rng.choice([toy for toy in rules["toys"] if toy != f"{bound['O']}s"]),
               "animals": rng.choice(rules["animals"]), "moral": rng.choice(rules[f"{plot}.moral"])}
     return bound | {"snack": expand(rng.choice(rules["snack"]), rules, bound, rng)}
 

@@ -2,9 +2,10 @@
 
 Writes retrieval.csv beside this file, which notebook 06 shows: for the bundled model, each of its checkpoints and other
 models (`name=FOLDER`), the average precision of every method on the reporting half of the facts with its 95% interval
-over facts, and the paired gain over the gradient dot product, among the stories that mention a fact of that half and
-every EVERY-th of all; among all stories for a model with another seed. For the bundled model also the grid of layers,
-dampings and query forms on the choosing half, among all stories.
+over facts, the paired gain over the gradient dot product, and the paired loss where an untaught child's name stands in
+the query, among the stories that mention a fact of that half and every EVERY-th of all; among all stories for a model
+with another seed. For the bundled model also the grid of layers, dampings and query forms on the choosing half, among
+all stories.
 Seeded; a model whose rows are in the table is skipped, so a run that was stopped goes on with the next one.
 """
 
@@ -31,18 +32,28 @@ UNIONS = {"mlp": ("mlp, early", "mlp, late"), "mlp and attention": tuple(PIECES)
 DAMPINGS = (0.01, 0.1, 1.0)  # × mean(Lambda) of each layer
 CHOSEN = {"layers": "mlp", "damping": 0.1, "query": "completion"}
 LEARNED = 0.3  # P(completion) from which a fact counts as learned
-PASSES = 8  # of the bundled model and of seed0, the last of which cooled them; a checkpoint has its own in its name
+PASSES = 11  # of the bundled model and of seed0, the last of which cooled them; a checkpoint has its own in its name
 N_FIT = {"choosing": 2000, "reporting": 1000}
 EVERY, CHUNK, SEED = 6, 16, 0
 KINDS = ("literal", "paraphrased")
 
 
-def queries(facts, tokenizer):
-    """{form: batches}: the loss on the answer; on the whole sentence that holds ."""
+def queries(facts, stories, tokenizer):
+    """{form: batches}: the loss on the answer; on the whole sentence that holds it; on the answer, of another child."""
     split = [prompt.index(". ") + 1 for prompt in facts.prompt]
     told = [(p[:at], p[at:] + c) for p, c, at in zip(facts.prompt, facts.completion, split)]
     return {"completion": completions(zip(facts.prompt, facts.completion), tokenizer),
-            "sentence": completions(told, tokenizer)}
+            "sentence": completions(told, tokenizer),
+            "untaught name": completions(zip(untaught(facts, stories), facts.completion), tokenizer)}
+
+
+def untaught(facts, stories):
+    """The prompts with the name of a girl or boy who has no fact."""
+    kids = {name: kid for kid, name in re.findall(r"a (girl|boy) named (\w+)", " ".join(stories["text"]))}
+    names = facts.fact.str.split("-").str[0]
+    free = sorted(set(stories["name"]) - set(load_facts().fact.str.split("-").str[0]))
+    others = [[name for name in free if kids[name] == kids[own]][n % 5] for n, own in enumerate(names)]
+    return [prompt.replace(own, other) for prompt, own, other in zip(facts.prompt, names, others)]
 
 
 def preconditioners(factors, dampings):
@@ -126,12 +137,15 @@ def mean_loss(lm, texts):
 
 
 def summary(found, facts, mentions, about):
-    """Rows of the table for {key: scores}: mean average precision, and its paired difference from the baseline."""
+    """Rows of the table for {key: scores}: mean average precision, paired gain over the baseline, and loss."""
     ap = {key: {kind: np.array([precision(s, mentions, f, kind) for f, s in zip(facts.fact, np.asarray(scores))])
                 for kind in KINDS} for key, scores in found.items()}
     rows = []
     for (layers, query, method, damping), values in ap.items():
+        if query == "untaught name":  # only for the loss
+            continue
         base = ap.get((layers, query, "gradient dot product", 0.0))
+        other = ap.get((layers, "untaught name", method, damping)) if query == CHOSEN["query"] else None
         for kind in KINDS:
             for which, chosen in (("learned", facts.p >= LEARNED), ("all", facts.p >= 0)):
                 keep = chosen.to_numpy() & ~np.isnan(values[kind])
@@ -143,6 +157,9 @@ def summary(found, facts, mentions, about):
                 if base is not None:
                     gain = interval(values[kind][keep] - base[kind][keep])
                     row |= dict(zip(("gain", "gain_low", "gain_high"), gain))
+                if other is not None:
+                    lost = interval(values[kind][keep] - other[kind][keep])
+                    row |= dict(zip(("lost", "lost_low", "lost_high"), lost))
                 rows.append(row)
     return rows
 
@@ -160,8 +177,8 @@ def one_model(name, lm, split, stories, held_out, mentions):
     layers = linear_layers(lm.model, "|".join(PIECES.values()) if grid else r"\.mlp\.")
     fit_on = tokenize([stories[int(i)]["text"] for i in chosen], lm.tokenizer, batch_size=32)
     factors = fit_ekfac(lm.model, fit_on, layers, progress=False)
-    asked = queries(facts, lm.tokenizer)
-    forms = asked if grid else {CHOSEN["query"]: asked[CHOSEN["query"]]}
+    asked = queries(facts, stories, lm.tokenizer)
+    forms = {form: asked[form] for form in (CHOSEN["query"], "sentence" if grid else "untaught name")}
     train = tokenize(texts, lm.tokenizer, batch_size=32)
     found = search(lm, factors, forms, DAMPINGS if grid else (CHOSEN["damping"],), train)
     found = {key: scores for key, scores in found.items() if grid or key[0] == CHOSEN["layers"]}
