@@ -32,12 +32,13 @@ def check_setup(model, batches, layers, task=causal_lm):
     """A DataFrame (check, passed, found, wanted, if it fails): five minutes' worth of doubts about a set-up.
 
     labels: the summed loss is the model's own mean loss times its number of targets (None where the model gives no
-    loss); one by one: the loss of an example does not depend on the others in its batch; pads: three more positions,
-    masked and with label -100, change nothing, and no position at an end is attended to without a target; gradient:
-    Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size: the step θ ± η P(∇L_m) along
-    the first example's preconditioned gradient changes its loss by ∓ η I(m, m) (None in half precision, which loses so
-    small a step). The first examples of the first batch are used; the model comes back as it was. Raises ValueError for
-    layers that the model lacks and for bad batches; what else fit_ekfac would refuse stands under gradient.
+    loss); one by one: the loss of an example (the worst one's is shown) does not depend on the others in its batch;
+    pads: three more positions, masked and with label -100, change nothing, and no position at an end is attended to
+    without a target; gradient: Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size:
+    the step θ ± η P(∇L_m) along the first example's preconditioned gradient changes its loss by ∓ η I(m, m) (None in
+    half precision, which loses so small a step). The first examples of the first batch are used; the model comes back
+    as it was. Raises ValueError for layers that the model lacks and for bad batches; what else fit_ekfac would refuse
+    stands under gradient.
     """
     check_targets(batches, task, "batches")
     layer_shapes(model, layers)
@@ -81,10 +82,13 @@ def _labels(model, batch, task, rtol):
 
 
 def _one_by_one(model, batch, task, rtol):
-    size = len(next(iter(batch.values())))
-    alone = sum(_loss(model, {key: value[n:n + 1] for key, value in batch.items()}, task) for n in range(size))
-    found = _loss(model, batch, task)
-    return ("one by one", _close(found, alone, rtol), found, alone,
+    with torch.no_grad():
+        rows = zip(*asked(task, model, batch))  # (outputs, targets) of every example
+        together = [float(summed_loss(outputs[None], targets[None]).double()) for outputs, targets in rows]
+    alone = [_loss(model, {key: value[n:n + 1] for key, value in batch.items()}, task) for n in range(len(together))]
+    found, wanted = max(zip(together, alone), key=lambda pair: abs(pair[0] - pair[1]))  # of the worst example
+    passed = abs(found - wanted) <= rtol * max(sum(alone) / len(alone), 1e-30)
+    return ("one by one", passed, found, wanted,
             "something mixes examples (batch normalisation, a mean over the batch in the task, dropout left on)")
 
 

@@ -84,6 +84,8 @@ def test_other_tasks():
     mixing = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)).double()
     mixed = lambda model, batch: (model(batch["input"] - batch["input"].mean(0)), batch["labels"])
     assert "one by one" in failed(check_setup(mixing, [classes], ["0", "2"], mixed))
+    swapped = lambda model, batch: tuple(x.flip(0) for x in classification(model, batch))  # of the same sum
+    assert "one by one" in failed(check_setup(net, [classes], ["0", "2"], swapped))
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
