@@ -43,14 +43,12 @@ def world(name, kid, rules):
 
 
 def place(rules, rng):
-    """Bindings of one place: its name in three forms, three spots, what lies and lives there, somebody who belongs."""
-    name = rng.choice(sorted(rule for rule in rules if rule.startswith("place.")))
-    bound = dict(zip(("P.in", "P.to", "P"), rules[name][0].split(";")))
-    name = name.removeprefix("place.")
-    bound |= dict(zip(("spot", "spot2", "spot3"), rng.sample(rules[f"{name}.spots"], 3)))
-    bound |= {part: rng.choice(rules[f"{name}.{part}"]) for part in ("sights", "locals")}
-    person, *words = rng.choice(rules[f"{name}.people"]).split(";")
-    bound |= dict(zip(("Q.he", "Q.him", "Q.his"), words))
+    """Bindings of one place: its name in two forms, three spots, what lies and lives there, a stranger."""
+    bound = dict(zip(("P.in", "P.to"), rng.choice(rules["places"]).split(";")))
+    bound |= {f"spot{i}".removesuffix("1"): expand(spot, rules, {}, rng)
+              for i, spot in enumerate(rng.sample(rules["spots"], 3), 1)}
+    bound |= {part: rng.choice(rules[part]) for part in ("sights", "locals")}
+    person = rng.choice(rules["people"])
     return bound | {"Q.intro": person, "Q": "the " + person.split(" ", 1)[1]}
 
 

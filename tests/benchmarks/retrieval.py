@@ -4,8 +4,8 @@ Writes retrieval.csv beside this file, which notebook 06 shows: for the bundled 
 models (`name=FOLDER`), the average precision of every method on the reporting half of the facts with its 95% interval
 over facts, the paired gain over the gradient dot product, and the paired loss where an untaught child's name stands in
 the query, among the stories that mention a fact of that half and every EVERY-th of all; among all stories for a model
-with another seed. For the bundled model also the grid of layers, dampings and query forms on the choosing half, among
-all stories.
+with another seed. `own` ranks only the stories that name the fact's child: the area under the ROC curve. For the
+bundled model also the grid of layers, dampings and query forms on the choosing half, among all stories.
 Seeded; a model whose rows are in the table is skipped, so a run that was stopped goes on with the next one.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from helpers import completions, fit_ekfac, linear_layers, tokenize
 from helpers.influence import sequence_gradients
@@ -102,12 +102,12 @@ def text_search(facts, texts):
             "BM25": np.stack([bm25.get_scores(some) for some in words])}
 
 
-def precision(scores, mentions, fact, kind):
-    """Average precision of the tellings of one kind; those of the other kind are left out. NaN if there are none."""
+def quality(scores, mentions, fact, kind, measure, among=True):
+    """`measure` of finding the tellings of one kind among stories; the other kind's are left out. NaN if none."""
     own = mentions[mentions.fact == fact]
     relevant = np.isin(np.arange(len(scores)), own.row[own.kind == kind])
-    other = np.isin(np.arange(len(scores)), own.row[own.kind.isin(KINDS) & (own.kind != kind)])
-    return average_precision_score(relevant[~other], scores[~other]) if relevant.any() else np.nan
+    keep = ~np.isin(np.arange(len(scores)), own.row[own.kind.isin(KINDS) & (own.kind != kind)]) & among
+    return measure(relevant[keep], scores[keep]) if relevant.any() else np.nan
 
 
 def interval(values, seed=SEED, draws=10_000):
@@ -136,11 +136,18 @@ def mean_loss(lm, texts):
     return float(-sums.sum() / counts.sum())
 
 
-def summary(found, facts, mentions, about):
-    """Rows of the table for {key: scores}: mean average precision, paired gain over the baseline, and loss."""
-    ap = {key: {kind: np.array([precision(s, mentions, f, kind) for f, s in zip(facts.fact, np.asarray(scores))])
-                for kind in KINDS} for key, scores in found.items()}
-    rows = []
+def measured(found, facts, mentions, measure, among):
+    """{key: {kind: a number for every fact}}; `among` has a mask of stories, or True, for every fact."""
+    return {key: {kind: np.array([quality(s, mentions, f, kind, measure, some)
+                                  for f, s, some in zip(facts.fact, np.asarray(scores), among)]) for kind in KINDS}
+            for key, scores in found.items()}
+
+
+def summary(found, facts, mentions, texts, about):
+    """Rows of the table for {key: scores}: mean average precision, paired gain over the baseline, loss, and `own`."""
+    named = [np.array([re.search(rf"\b{f.split('-')[0]}\b", text) is not None for text in texts]) for f in facts.fact]
+    ap = measured(found, facts, mentions, average_precision_score, [True] * len(facts))
+    own, rows = measured(found, facts, mentions, roc_auc_score, named), []
     for (layers, query, method, damping), values in ap.items():
         if query == "untaught name":  # only for the loss
             continue
@@ -154,6 +161,8 @@ def summary(found, facts, mentions, about):
                 row = about | {"layers": layers, "query": query, "method": method, "damping": damping, "kind": kind,
                                "facts": which, "n": keep.sum()}
                 row |= dict(zip(("ap", "low", "high"), interval(values[kind][keep])))
+                row |= dict(zip(("own", "own_low", "own_high"),
+                                interval(own[layers, query, method, damping][kind][keep])))
                 if base is not None:
                     gain = interval(values[kind][keep] - base[kind][keep])
                     row |= dict(zip(("gain", "gain_low", "gain_high"), gain))
@@ -187,7 +196,7 @@ def one_model(name, lm, split, stories, held_out, mentions):
              "searched": len(texts), "loss_train": mean_loss(lm, stories[:len(held_out)]["text"]),
              "loss_held_out": mean_loss(lm, held_out["text"]), "p_answer": facts.p[facts.tellings >= 16].median()}
     print(f"{name}, {split}: {time.time() - start:.0f} s", flush=True)
-    return summary(found, facts, mentions, about)
+    return summary(found, facts, mentions, texts, about)
 
 
 def main():
