@@ -77,7 +77,7 @@ def test_every_storyline_is_whole_and_names_only_what_is_bound():
 
 
 def test_what_a_story_binds_stays_the_same(rows):
-    """A story's drawn thing comes in with its adjective, its place has one name, and no two of its spots are the same."""
+    """A story's drawn thing comes in with its adjective, its place has one name, its spots are three."""
     rules = generate.read_grammar()
     names = [entry.split(";")[0] for entry in rules["places"]]
     for row in rows[:1500]:
