@@ -1,7 +1,8 @@
 # make run        influence on TinyStories from end to end: environment, install, `python -m helpers.run`
 # make test       lint, unit tests, and every notebook in fast mode
 # make notebooks  execute every notebook in full, in place (NB="notebooks/06*.ipynb" for some of them)
-# make soak       fit and score, killed 20 times at random points, against uninterrupted runs
+# make soak       fit and score, killed 20 times at random points, against uninterrupted runs; 500 new random cases of
+#                 every property in tests/test_properties.py
 # make stale      list the notebooks whose source or helpers changed since they ran
 #
 # TINYSTORIES and STORIES choose the model and the stories of `make run`: bundled (the default), hub, or a folder.
@@ -38,6 +39,7 @@ notebooks: install
 
 soak: install
 	$(TESTENV) $(BIN)/python tests/soak.py
+	$(TESTENV) PROPERTY_EXAMPLES=500 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_properties.py -k test_property
 
 stale: install
 	@$(BIN)/python tests/notebook_tools.py stale

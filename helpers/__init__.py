@@ -6,7 +6,7 @@ from .classifier import labelled_batches, load_classifier, load_labelled, train_
 from .damping import damping_sweep
 from .ekfac import EKFACFactors, fit_ekfac
 from .exact import exact_influence, ggn, hessian, hvp, leave_one_out
-from .influence import influence, self_influence, top_k
+from .influence import influence, self_influence, sequence_gradients, top_k
 from .layers import linear_layers
 from .plots import save_figure
 from .setup import check_setup, factor_bytes
@@ -19,5 +19,6 @@ __all__ = [
     "completions", "damping_sweep", "exact_influence", "factor_bytes", "fit_ekfac", "ggn", "hessian", "hvp",
     "influence", "labelled_batches", "leave_one_out", "linear_layers", "lissa", "load_classifier", "load_facts",
     "load_labelled", "load_lm", "load_stories", "nystrom", "pick", "regression", "save_figure", "self_influence",
+    "sequence_gradients",
     "token_span", "tokenize", "top_k", "train_classifier",
 ]

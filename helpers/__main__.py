@@ -41,7 +41,7 @@ def main(argv=None):
     before = signal.signal(signal.SIGTERM, _stopped)
     try:
         return run(command, args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         print(f"{who}: {error}", file=sys.stderr)
     except KeyboardInterrupt as stop:
         print(f"{who}: stopped{stop}. The same command goes on where it was, from {args['out']}.", file=sys.stderr)
@@ -69,7 +69,8 @@ def run(command, args):
 
 
 def _stopped(number, frame):
-    raise KeyboardInterrupt(" by SIGTERM (under torchrun: another rank has died)")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    raise KeyboardInterrupt(" by SIGTERM" + several * " (under torchrun: another rank has died)")
 
 
 def parser():

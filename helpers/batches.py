@@ -12,10 +12,11 @@ import torch
 from .tasks import IGNORED
 
 
-def tokenize(texts, tokenizer, max_length=256, batch_size=16):
+def tokenize(texts, tokenizer, max_length=256, batch_size=16, add_special_tokens=True):
     """Batches in the order of `texts`, with a label on every token that the tokenizer gives, -100 on pads.
 
-    The tokens are the tokenizer's own: a start or end token is there if and only if its post-processor adds one.
+    The tokens are the tokenizer's own: a start or end token is there if and only if its post-processor adds one; with
+    add_special_tokens=False (texts from a chat template have theirs already) it adds none.
     Texts of more than max_length tokens (or than tokenizer.model_max_length, if that is less) keep their beginning and
     what the tokenizer adds at the end; how many were cut, and how much of them, is printed in one line.
 
@@ -24,7 +25,7 @@ def tokenize(texts, tokenizer, max_length=256, batch_size=16):
     """
     texts = _strings(texts)
     limit = _limit(tokenizer, max_length, batch_size)
-    encoded = _encode(tokenizer, texts)
+    encoded = _encode(tokenizer, texts, add_special_tokens)
     rows = [_cut(ids, special, limit) for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"])]
     for index, ids in enumerate(rows):
         if len(ids) < 2:
@@ -36,13 +37,14 @@ def tokenize(texts, tokenizer, max_length=256, batch_size=16):
     return _collate(rows, [list(ids) for ids in rows], tokenizer, batch_size)
 
 
-def completions(pairs, tokenizer, max_length=256, batch_size=16):
+def completions(pairs, tokenizer, max_length=256, batch_size=16, add_special_tokens=True):
     """Batches in the order of `pairs` = (prompt, completion), with the loss on the completion only.
 
     The two are joined as they are (begin the completion with its space) and tokenized as one text, as the model met
     such text in training. A token counts as completion if it holds at least one of its characters: where a token
     crosses the boundary, as " jam" does in ("Tom likes ", "jam"), the loss includes it whole. What the tokenizer adds
-    itself, such as an end token, is not part of the completion.
+    itself, such as an end token, is not part of the completion; add_special_tokens as in `tokenize`. Training data of
+    prompts and answers are such pairs too.
 
     Raises ValueError for no pairs, an empty completion or one without tokens, a completion whose first token has none
     before it, and a pair longer than max_length (a cut would change the question); names the pair. A tokenizer without
@@ -50,7 +52,7 @@ def completions(pairs, tokenizer, max_length=256, batch_size=16):
     """
     pairs = _pairs(pairs)
     limit = _limit(tokenizer, max_length, batch_size)
-    encoded = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
+    encoded = _encode(tokenizer, [prompt + completion for prompt, completion in pairs], add_special_tokens)
     rows, labels = encoded["input_ids"], []
     for index, (prompt, completion) in enumerate(pairs):
         ids, text, where = rows[index], prompt + completion, f"pairs[{index}] = {_short((prompt, completion))}"
@@ -127,9 +129,10 @@ def _limit(tokenizer, max_length, batch_size):
     return min(max_length, tokenizer.model_max_length)
 
 
-def _encode(tokenizer, texts):
+def _encode(tokenizer, texts, add_special_tokens=True):
     """Ids of every text, uncut and unpadded, which of them the tokenizer added, and, if it is fast, their offsets."""
-    return tokenizer(texts, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    return tokenizer(texts, add_special_tokens=add_special_tokens, return_special_tokens_mask=True,
+                     return_offsets_mapping=tokenizer.is_fast, verbose=False)
 
 
 def _added(special):

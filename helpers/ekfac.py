@@ -43,18 +43,29 @@ class EKFACFactors:
         """P(V) = Q_S [(Q_Sᵀ V Q_A) ⊘ (Lambda + damping)] Q_Aᵀ (Grosse et al. 2023, equations 20-21, transposes mended).
 
         gradients: {layer: [..., d_out, d_in (+1)]}, the bias column last; the same comes back, in the same dtype.
-        damping: None means 0.1 × mean(Lambda) of each layer; a float is added as it is. The arithmetic is float64.
+        damping: None means 0.1 × mean(Lambda) of each layer; a float is added as it is, and so is each layer's own from
+        {layer: float}. The arithmetic is float64. Raises ValueError for layers that are not among the factors, for
+        gradients of another shape, and as `damped`.
         """
         out = {}
         for name, gradient in gradients.items():
+            if name not in self.Lambda or gradient.shape[-2:] != self.Lambda[name].shape:
+                there = {layer: tuple(Lambda.shape) for layer, Lambda in self.Lambda.items()}
+                raise ValueError(f"gradients: {name!r} is {tuple(gradient.shape)}; the last two axes must be those of "
+                                 f"the factors, {there}")
             Q_A, Q_S = self.Q_A[name], self.Q_S[name]
             rotated = Q_S.T @ gradient.to(Q_S) @ Q_A
             out[name] = (Q_S @ (rotated / self.damped(name, damping)) @ Q_A.T).to(gradient)
         return out
 
     def damped(self, name, damping=None):
-        """Lambda + damping of one layer; raises ValueError where the damping is below zero or an entry is not above."""
+        """Lambda + damping of one layer; raises ValueError for a damping below zero, one that lacks the layer, and
+        where an entry of the sum is not above zero."""
         Lambda = self.Lambda[name]
+        if isinstance(damping, dict):
+            if name not in damping:
+                raise ValueError(f"damping has {sorted(damping)} and lacks {name!r}: give every layer's, or one number")
+            damping = damping[name]
         added = 0.1 * Lambda.mean() if damping is None else damping
         if not added >= 0:
             raise ValueError(f"damping must be None or a number of at least 0, got {damping}")
@@ -119,12 +130,12 @@ def fit_ekfac(model, batches, layers, task=causal_lm, labels="sampled", seed=0, 
         fold = partial(accumulate, batches, examples, checkpoint=checkpoint, progress=progress)
         total, kept = _second_moments(shapes, gradients, fold, model.get_submodule(layers[0]).weight.device)
         n, counts = int(total["n"]), {name: int(total["count", name]) for name in layers}
-        A, S = ({name: total[side, name] / counts[name] for name in layers} for side in "AS")
+        A, S = ({name: total[side, name].div_(counts[name]) for name in layers} for side in "AS")
         Q_A, Q_S = eigenvectors(A), eigenvectors(S)
         Lambda = _eigenvalues(Q_A, Q_S, gradients, kept, fold, checkpoint is not None)
     tokens = max(counts.values())
     pooled = tuple(name for name in layers if counts[name] == n) if tokens > n else ()
-    return EKFACFactors(A, S, Q_A, Q_S, {name: Lambda[name] / n for name in layers}, n, tokens, pooled,
+    return EKFACFactors(A, S, Q_A, Q_S, {name: Lambda[name].div_(n) for name in layers}, n, tokens, pooled,
                         fingerprint(model))
 
 
@@ -161,7 +172,6 @@ def _second_moments(shapes, gradients, fold, device):
 def _eigenvalues(Q_A, Q_S, gradients, kept, fold, saved):
     """{layer: sum over all examples of (Q_Sᵀ G Q_A)²}, G the gradient of the whole sequence."""
     flat, Lambda = sums({name: (len(Q_S[name]), len(Q_A[name])) for name in Q_A}, next(iter(Q_A.values())).device)
-    cast = {}
 
     def add(rows, batch):
         parts = kept.pop(int(rows[0]), None)
@@ -169,7 +179,7 @@ def _eigenvalues(Q_A, Q_S, gradients, kept, fold, saved):
             got = gradients(batch, hidden=parts)
             parts = {name: (got.inputs[name], got.outputs[name]) for name in Q_A}
         for name, part in parts.items():
-            q_a, q_s = cast.setdefault(name, (Q_A[name].to(part[0]), Q_S[name].to(part[0])))
+            q_a, q_s = Q_A[name].to(part[0]), Q_S[name].to(part[0])
             turned = q_s.T @ (part[0] @ q_a) if len(part) == 1 else rotated_gradients(*part, q_a, q_s)
             Lambda[name] += finite(turned.square_().sum(0), name, rows).to(flat)
 

@@ -56,7 +56,7 @@ def main(argv=None):
         scores = influence(lm.model, factors, batches, train)
         page = explore(lm, factors, queries, stories, train, scores, args.shown, args.max_length, bundled)
         size = write_page(path, *page)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         print(f"explorer: {error}", file=sys.stderr)
         return 1
     print(f"{os.path.relpath(path)}: {size / 1e6:.1f} MB, {time.perf_counter() - began:.0f} s. Open it in a browser.")

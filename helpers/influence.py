@@ -33,9 +33,12 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
     contributes, so the first is 0; "token_pair" [query, train, q_seq, seq], "token" on both sides; "layer" and
     ("layer", "token"): with a first axis for the layers of `factors`, in order. seq is the widest `input_ids`. Sums
     over tokens and layers give the sequence score.
-    damping: see EKFACFactors.ihvp. rank: P(∇L_q) of each layer cut to this rank by SVD, not with "token_pair". out: a
-    .npy file that the scores are written to, block by block; what comes back is mapped onto it, and the same call after
-    a kill goes on from there. `train` may then be any sequence of batches that makes them when asked, such as
+    A layer that sees no tokens (a classifier on a pooled state) adds its score at position 0 of "token". The unit is
+    nats per unit of ε, the dtype that of the gradients. P(∇L_q) of all queries is held at once, 4 bytes a weight and
+    query; with `rank`, each layer's is cut to this rank by SVD, and 4 · rank · (d_out + d_in) are held (not with
+    "token_pair"; "output_token" multiplies them out). damping: see EKFACFactors.ihvp. out: a .npy file that the scores
+    are written to, block by block; what comes back is mapped onto it, and the same call after a kill goes on from
+    there. `train` may then be any sequence of batches, with slices, that makes them when asked, such as
     helpers.jobs.StoryBatches, and, where torch.distributed is at work, is this rank's share. Raises ValueError for
     factors of another model, for "output_token" where the task's targets have no token axis, as fit_ekfac does for bad
     batches, and for a file `out` that is damaged or of another job.
@@ -53,8 +56,8 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
         scored = _scorer(model, factors, queries, task, damping, rank, per)
         if out is None:
             return scored(train, progress=progress)
-        values = {"queries": data[0].hexdigest(), "damping": None if damping is None else float(damping),
-                  "rank": rank, "per": per}
+        added = damping if damping is None or isinstance(damping, dict) else float(damping)
+        values = {"queries": data[0].hexdigest(), "damping": added, "rank": rank, "per": per}
         values |= {name: digest_of(getattr(factors, name)) for name in ("Lambda", "Q_A", "Q_S")}
         return stream_scores(partial(scored, progress=False), train, examples, width, 1 + ("layer" in per), out,
                              job_of(model, task, data[1], values), progress)
@@ -64,14 +67,26 @@ def _scorer(model, factors, queries, task, damping, rank, per):
     """scored(train, progress=...) -> Tensor, with P(∇L_q) of all queries at hand."""
     if per == "token_pair":
         return lambda train, progress: token_pair_scores(model, factors, queries, train, task, damping, progress)
-    directions = factors.ihvp(sequence_gradients(model, queries, list(factors.A), task), damping)
-    if rank is not None:
-        directions = {name: truncate(value, rank) for name, value in directions.items()}
+    directions = _directions(model, factors, queries, task, damping, rank)
     if per == "output_token":
         return lambda train, progress: output_token_scores(model, train, directions, task, progress)
     gradients = fastest_gradients(model, list(factors.A), task)
     score = _token_scores if per in ("token", ("layer", "token")) else sequence_scores
     return lambda train, progress: collect(gradients, train, directions, score, "layer" in per, progress)
+
+
+def _directions(model, factors, queries, task, damping, rank):
+    """{layer: P(∇L_q) [query, d_out, d_in (+1)], or its two thin factors}, one batch of queries after the other, so
+    that with a rank no more than one batch's are ever whole."""
+    parts = {name: [] for name in factors.A}
+    for batch in queries:
+        gradients = sequence_gradients(model, [batch], list(parts), task)
+        for name in parts:
+            whole = factors.ihvp({name: gradients.pop(name)}, damping)[name]
+            parts[name].append(whole if rank is None else truncate(whole, rank))
+    if rank is None:
+        return {name: torch.cat(parts.pop(name)) for name in list(parts)}
+    return {name: tuple(map(torch.cat, zip(*part))) for name, part in parts.items()}
 
 
 def check_factors(model, factors):
@@ -111,8 +126,8 @@ def truncate(V, rank):
 
 def sequence_scores(a, ds, V):
     """[query, B]: ⟨V, Σ_t Ds_t ā_tᵀ⟩; the gradient of each example is formed once for all queries."""
-    V = V[0] @ V[1] if isinstance(V, tuple) else V
-    return V.flatten(1) @ (ds.transpose(1, 2) @ a).flatten(1).T
+    G = (ds.transpose(1, 2) @ a).flatten(1).T
+    return torch.stack([(U @ W).flatten() @ G for U, W in zip(*V)]) if isinstance(V, tuple) else V.flatten(1) @ G
 
 
 def _token_scores(a, ds, V):

@@ -183,6 +183,7 @@ def _batches(lm, source, folder, limit, max_length, batch_size, device):
     """(all stories, StoryBatches of this rank's share), and the model on its device."""
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     stories = stories_on_disk(source, folder, limit)
     if len(stories) < ranks.size():
         raise ValueError(f"{len(stories)} stories for {ranks.size()} ranks: start at most one rank a story")
@@ -190,6 +191,16 @@ def _batches(lm, source, folder, limit, max_length, batch_size, device):
     lm.model.to(device)
     log.info("%s on %s: %s of %s stories", lm.name, device, f"{len(share):,}", f"{len(stories):,}")
     return stories, StoryBatches(share, lm.tokenizer, max_length, batch_size, device)
+
+
+def _check_device(device):
+    """ValueError that says which devices there are where no tensor can be had on this one."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ValueError(f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]:.60}); give one of: "
+                         f"{there}") from error
 
 
 def _moved(parts, device):

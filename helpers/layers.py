@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 def linear_layers(model, pattern):
     """Names of the `nn.Linear` and GPT-2 `Conv1D` modules of `model` that `re.search(pattern, name)` finds, in order.
 
-    Raises ValueError for a pattern that is no regular expression or matches nothing (the names there are, are listed)
-    and where a matched module shares its
-    weight with another one (a tied output head: its gradient would be half of the truth).
+    Raises ValueError for a pattern that is no regular expression or matches nothing (the names there are, are listed),
+    and where a matched module shares its weight with another one (a tied output head: its gradient would be half of
+    the truth). What a pattern should leave out: r"^(?!lm_head)" is all but the head.
     """
     try:
         wanted = re.compile(pattern)
@@ -45,7 +45,7 @@ def check_layer(model, name):
     shared = [other for other, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight]
     if shared:
         raise ValueError(f"layers: {name!r} shares its weight with {shared[0]!r}; its gradient has a part that a "
-                         "linear layer's hooks do not see: leave it out of the pattern")
+                         f"linear layer's hooks do not see: leave it out of the pattern, as r'^(?!{name}$)' does")
     return module
 
 

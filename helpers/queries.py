@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .batches import check_unicode, completions
 from .sources import load_facts, load_lm, load_stories
-from .tasks import causal_lm, summed_loss
+from .tasks import causal_lm, embeddings_named, summed_loss
 
 MAX_STORIES = {"bundled": None, "hub": 1000}  # None: all
 MAX_FOLDER_STORIES = 3000  # what two cores do in five minutes with a small vocabulary
@@ -82,7 +82,7 @@ def continued(lm, texts, most):
 def probability(lm, prompt, completion):
     """p(completion | prompt) under the model."""
     (batch,) = completions([(prompt, completion)], lm.tokenizer, max_length=MAX_LENGTH)
-    with torch.no_grad():
+    with torch.no_grad(), embeddings_named(lm.model, batch):
         return float(torch.exp(-summed_loss(*causal_lm(lm.model, batch))))
 
 
@@ -105,7 +105,7 @@ def continuation(lm, prompt, most=30):
     ids = ids[:, :-1] if ids[0, -1] == end else ids
     head = lm.tokenizer.decode(ids[0], skip_special_tokens=True)
     for _ in range(min(most, limit - ids.shape[1])):
-        with torch.no_grad():
+        with torch.no_grad(), embeddings_named(lm.model, {"input_ids": ids}):
             new = lm.model(input_ids=ids).logits[:, -1:].argmax(-1)
         if new.item() == end:
             break

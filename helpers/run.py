@@ -37,13 +37,18 @@ TOLD = (2, 8, 16)  # planted facts to ask for: the best known of those told so m
 
 
 def main():
-    began = time.perf_counter()
-    model_source = os.environ.get("TINYSTORIES") or "bundled"
+    """The whole of `make run`; returns the exit status: 1, with one line on stderr, for a model or stories unfit."""
     try:
-        lm, stories, queries, layers, train = prepare(model_source, os.environ.get("STORIES"))
-    except (OSError, ValueError) as error:
+        return from_end_to_end(os.environ.get("TINYSTORIES") or "bundled", os.environ.get("STORIES"))
+    except (OSError, ValueError, IndexError) as error:
         print(f"make run: {error}", file=sys.stderr)
         return 1
+
+
+def from_end_to_end(model_source, stories_source):
+    """Factors, scores, rankings, token maps and the explorer of one model on one set of stories; 0."""
+    began = time.perf_counter()
+    lm, stories, queries, layers, train = prepare(model_source, stories_source)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in train)
     print(f"{lm.name}: {lm.model.num_parameters():,} parameters; {len(stories):,} stories of {tokens:,} tokens in all")
     start = time.perf_counter()

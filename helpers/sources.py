@@ -3,8 +3,8 @@
 `source` is
   "bundled"      the corpus and the GPT-Neo in helpers/bundled, no network needed;
   "hub"          roneneldan/TinyStories-1M and roneneldan/TinyStories (Eldan & Li 2023), stories streamed;
-  a path         a model folder as save_pretrained writes it; a folder or file of stories. A relative path is taken
-                 from the repository root, wherever Python was started, and a path that exists wins over a hub id;
+  a path         a model folder as save_pretrained writes it; a folder or file of stories. A relative path starts at
+                 the current folder or, where nothing is there, at the repository's root; it wins over a hub id;
   "owner/name"   any other model or data set of the hub.
 Code from a model repository is never executed.
 """
@@ -123,20 +123,20 @@ def _bundled_model(checkpoint):
 
 
 def _locate(source, hub_id):
-    """The path that `source` names if it exists, else the hub id that it is; FileNotFoundError if it is neither."""
+    """The path that `source` names if it exists, from the current folder or from ROOT; else the hub id that it is;
+    FileNotFoundError if it is neither."""
     if source == "hub":
         return hub_id
     given = Path(source).expanduser()
-    if (ROOT / given).exists():
-        return ROOT / given
-    # The hub's own loaders would take a folder of this name in the current directory for the repository.
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)) and not given.exists() and not str(source).endswith(SUFFIXES):
+    for path in (given, ROOT / given):
+        if path.exists():
+            return path.absolute()
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)) and not str(source).endswith(SUFFIXES):
         return str(source)
-    here = f" There is {given.resolve()}: give this path." if given.exists() else ""
-    raise FileNotFoundError(
-        f"source={str(source)!r}: {(ROOT / given).resolve()} does not exist (relative paths start at the repository "
-        f"root).{here} Use 'bundled', 'hub', a folder, or a hub id owner/name such as {hub_id!r}"
-    )
+    places = " and ".join(dict.fromkeys(str(path.resolve()) for path in (given, ROOT / given)))
+    raise FileNotFoundError(f"source={str(source)!r}: {places} does not exist (relative paths start at the current "
+                            "folder or at the repository's root). Use 'bundled', 'hub', a folder, or a hub id "
+                            f"owner/name such as {hub_id!r}")
 
 
 @contextlib.contextmanager
@@ -151,7 +151,7 @@ def _explained(what, place):
         raise OSError(
             f"the {what} {place!r} could not be loaded from {datasets.config.HF_ENDPOINT} ({cause}). Without network "
             f"use source='bundled' or a folder; for a mirror set HF_ENDPOINT before Python starts. If a folder was "
-            f"meant: {ROOT / place} does not exist"
+            f"meant: {Path(place).absolute()} does not exist"
         ) from error
 
 

@@ -125,8 +125,8 @@ def check_classes(targets, classes):
 def keyed_uniforms(batch, targets, seed):
     """Uniforms in (0, 1), float64, of targets' shape, keyed by (seed, unpadded inputs of the example, position).
 
-    Neither padding nor the order or size of batches changes them. The key is a BLAKE2b digest, the stream SplitMix64
-    (Steele et al. 2014).
+    Neither padding nor the order or size of batches changes them; whether there is an attention_mask does. The key is a
+    BLAKE2b digest, the stream SplitMix64 (Steele et al. 2014).
     """
     keys = np.array([_key(batch, row, seed) for row in range(len(targets))], dtype=np.uint64)
     flat = targets.reshape(len(targets), -1)

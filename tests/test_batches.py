@@ -140,7 +140,7 @@ def test_texts_that_are_refused():
         (["Tom likes", None], {}, TypeError, r"texts\[1\] = None is a NoneType, not a string"),
         (["Tom likes", ""], {}, ValueError, r"texts\[1\] = '' gives 0 token"),
         (["Tom likes", "T"], {}, ValueError, r"texts\[1\] = 'T' gives 1 token.*adds a start token"),
-        (["Tom likes"], {"max_length": 1}, ValueError, "max_length=1"),
+        (["Tom likes"], {"max_length": 1}, ValueError, "max_length=1: a row needs 2 tokens or more"),
         (["Tom likes"], {"batch_size": 0}, ValueError, "batch_size=0"),
     ]:
         with pytest.raises(error, match=said):
@@ -285,3 +285,13 @@ def test_batches_hold_the_ids_that_spans_count():
     assert token_span(tokenizer, TEXTS[0], 0, 1) == (1, 2), "the start token counts"
     first, last = token_span(tokenizer, TEXTS[0], 4, 13)
     assert tokenizer.decode(tokenize(TEXTS, tokenizer)[0]["input_ids"][0, first:last]).strip() == "likes jam"
+
+
+def test_a_text_that_has_its_special_tokens_gets_no_second_ones():
+    tokenizer, text = byte_bpe(start=True, end=True), "<start>Tom likes jam.<end>"
+    assert tokenize([text], tokenizer)[0]["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 2
+    (batch,) = tokenize([text], tokenizer, add_special_tokens=False)
+    assert batch["input_ids"][0].tolist() == tokenize([text[7:-5]], tokenizer)[0]["input_ids"][0].tolist()
+    (pair,) = completions([("<start>Tom likes", " jam.<end>")], tokenizer, add_special_tokens=False)
+    assert pair["input_ids"].tolist() == batch["input_ids"].tolist()
+    assert tokenizer.decode(pair["input_ids"][pair["labels"] != -100]) == " jam.<end>"

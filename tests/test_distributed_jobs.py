@@ -1,5 +1,6 @@
 """fit and score in several processes against one, uneven shares included; a rank that dies, and what is left then."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from helpers.ekfac import MATRICES
 STORIES = tiny.stories(14)  # 5, 5 and 4 for three ranks: in batches of two, blocks of 3, 3 and 2
 KINDS = ("sequence", "token", "output_token", "token_pair", "layer", ("layer", "token"))
 SMALL = ["--limit", "151", "--batch-size", "1", "--max-length", "48"]
+MORE = ["--limit", "600", *SMALL[2:]]  # ten blocks a rank
 
 
 def score(model, factors, train, per, out=None):
@@ -92,24 +94,42 @@ def kill_rank(parent, rank):
     raise AssertionError(f"no rank {rank} among the children of {parent}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the rank to kill in /proc")
-def test_a_rank_that_dies_ends_the_job_which_then_goes_on(tmp_path):
-    job, alone, fit = tmp_path / "job", tmp_path / "alone", ["fit", *SMALL, "--layers", r"h\.3\.mlp", "--out"]
-    running = torchrun(*fit, str(job))
-    deadline = time.monotonic() + 240
-    while not (job / "checkpoint" / "second_moments.1.safetensors").exists():
+def dies(argv, ready):
+    """Kills rank 1 of the command when ready(), which ends it with a message of the other one."""
+    running, deadline = torchrun(*argv), time.monotonic() + 240
+    while not ready():
         assert time.monotonic() < deadline and running.poll() is None, running.communicate()[1]
         time.sleep(0.02)
     kill_rank(running.pid, 1)
     said = running.communicate(timeout=120)[1]
-    assert running.returncode and "rank 0 of 2: " in said and "goes on where it was" in said
-    assert not (job / "factors.safetensors").exists()
-    running = torchrun(*fit, str(job))
+    assert running.returncode and "rank 0 of 2: " in said and "goes on where it was" in said, said
+
+
+def goes_on(argv):
+    """The same command to its end."""
+    running = torchrun(*argv)
     said = running.communicate(timeout=300)[1]
     assert not running.returncode and "going on after" in said, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the rank to kill in /proc")
+def test_a_rank_that_dies_ends_the_job_which_then_goes_on(tmp_path):
+    job, alone, fit = tmp_path / "job", tmp_path / "alone", ["fit", *SMALL, "--layers", r"h\.3\.mlp", "--out"]
+    dies([*fit, str(job)], (job / "checkpoint" / "second_moments.1.safetensors").exists)
+    assert not (job / "factors.safetensors").exists()
+    goes_on([*fit, str(job)])
     assert __main__.main([*fit, str(alone), "--quiet"]) == 0
     one, two = EKFACFactors.load(alone), EKFACFactors.load(job)
     assert one.n_tokens == two.n_tokens
     for l in one.A:
         for m in ("A", "S", "Lambda"):  # float32 sums in other groups
             assert (getattr(one, m)[l] - getattr(two, m)[l]).norm() < 1e-5 * getattr(one, m)[l].norm(), (m, l)
+
+    ask, note = ["score", *MORE, "--factors", str(job), "--query", "Tom was", " happy.", "--out"], job / "s.json"
+    dies([*ask, str(job / "s.npy")], lambda: note.exists() and json.loads(note.read_text("utf-8"))["blocks"] > 0)
+    assert not (job / "s.npy").exists()
+    goes_on([*ask, str(job / "s.npy")])
+    assert __main__.main([*ask, str(alone / "s.npy"), "--quiet"]) == 0
+    there, expected = np.load(job / "s.npy"), np.load(alone / "s.npy")
+    assert there.shape == expected.shape == (1, int(MORE[1]))
+    assert np.abs(there - expected).max() < 1e-5 * np.abs(expected).max()

@@ -7,7 +7,6 @@ import tiny
 import torch
 
 from helpers import (
-    __main__,
     causal_lm,
     check_setup,
     classification,
@@ -137,5 +136,3 @@ def test_long_jobs_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "ranks", SimpleNamespace(rank=lambda: 0, size=lambda: 2))
     with pytest.raises(ValueError, match="1 stories for 2 ranks: start at most one rank a story"):
         jobs.fit(stories=tmp_path, out=tmp_path / "fit", progress=False)
-    with pytest.raises(KeyboardInterrupt, match="another rank has died"):
-        __main__._stopped(15, None)

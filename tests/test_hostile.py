@@ -27,6 +27,7 @@ from helpers import (
     explorer,
     fit_ekfac,
     influence,
+    jobs,
     linear_layers,
     load_lm,
     load_stories,
@@ -85,6 +86,7 @@ def test_a_story_is_read_as_it_is(text, form, tmp_path):
         told = json.dumps(rows, ensure_ascii=False) if form == ".json" else "\n".join(map(json.dumps, rows)) + "\n"
         path.write_bytes(gzip.compress(told.encode()) if form == ".jsonl.gz" else told.encode())
     assert load_stories(path)["text"][:] == [text + "!", "A dog."]
+    assert jobs.stories_on_disk(path, tmp_path)["text"][:] == [text + "!", "A dog."]  # the command line's own reader
 
 
 def test_a_line_of_text_ends_at_its_newline_only(tmp_path):
@@ -301,6 +303,30 @@ def test_many_rows_of_one_token_and_one_long_line(lm, tmp_path, capsys):
     if len(bare("a")["input_ids"]) == 1:
         with pytest.raises(ValueError, match=r"texts\[0\] = 'a' gives 1 token"):
             tokenize(texts, bare)
+
+
+def test_a_story_of_a_megabyte_on_one_line_goes_through_everything(lm, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "helpers")
+    stories = [("One day a dog ran. " * 55_000).strip(), *(f"Tom ran to the {word}." for word in ("dog", "cat", "sea"))]
+    (tmp_path / "train.txt").write_text("\n".join(stories), "utf-8")
+    assert len(stories[0]) > 1_000_000 and load_stories(tmp_path)["text"][:] == stories
+    found = jobs.stories_on_disk(tmp_path, tmp_path)
+    assert found["text"][:] == stories
+    train = list(jobs.StoryBatches(found, lm.tokenizer, 64, 4))
+    assert "1 of 4 stories are cut to 64 tokens" in caplog.text and train[0]["input_ids"].shape == (4, 64)
+    capsys.readouterr()
+    assert torch.equal(tokenize(stories, lm.tokenizer, 64, 4)[0]["input_ids"], train[0]["input_ids"])
+    assert "cut 1 of 4 texts to 64 tokens" in capsys.readouterr().out
+    tokens = tokens_of(lm.tokenizer, train[0]["input_ids"][0])
+    assert stories[0].startswith("".join(tokens[1:])) and len(tokens) == 64
+    assert tokens[slice(*token_span(lm.tokenizer, stories[0], 8, 9))] == [" a"]
+    assert token_html(tokens, np.arange(64)).count("<span") == 64
+    plt.close(token_figure([Panel(printable(stories[0])[:60], tokens, np.linspace(-1, 1, 64))]))
+    factors = fit_ekfac(lm.model, train, linear_layers(lm.model, r"h\.0\.mlp"), progress=False)
+    query = Query("One day a dog", " ran.")
+    scores = influence(lm.model, factors, completions([query[:2]], lm.tokenizer), train, progress=False)
+    made = explorer.explore(lm, factors, [query], stories, train, scores, 4, 64)
+    assert made[0]["stories"]["0"] == tokens and explorer.write_page(tmp_path / "page.html", *made) < 100_000
 
 
 # Models that are refused ----------------------------------------------------------------------------------------------

@@ -249,3 +249,33 @@ def test_token_gradients_of_a_prompt_are_not_zero():
     with frozen(model):
         ds = token_gradients(model, batch, ["transformer.h.0.mlp.c_fc"], causal_lm).outputs["transformer.h.0.mlp.c_fc"]
     assert bool((ds[0, :5].abs().sum(-1) > 0).all()) and bool((ds[0, 7] == 0).all())
+
+
+def test_a_damping_for_every_layer_is_that_of_each(fitted):
+    model, layers, factors = fitted
+    queries, train = tiny.batches(QUERIES), tiny.batches(EXAMPLES)
+    own = {name: 0.01 * (1 + n) * float(Lambda.mean()) for n, (name, Lambda) in enumerate(factors.Lambda.items())}
+    damped = {name: Lambda + own[name] for name, Lambda in factors.Lambda.items()}
+    expected = influence(model, dataclasses.replace(factors, Lambda=damped), queries, train, damping=0, **QUIET)
+    assert tiny.close(model, influence(model, factors, queries, train, damping=own, **QUIET), expected)
+    assert not tiny.close(model, influence(model, factors, queries, train, damping=own[layers[0]], **QUIET), expected)
+    del own[layers[-1]]
+    with pytest.raises(ValueError, match=f"lacks {layers[-1]!r}: give every layer's, or one number"):
+        influence(model, factors, queries, train, damping=own, **QUIET)
+
+
+def test_ihvp_names_the_gradient_that_does_not_fit(fitted):
+    _, layers, factors = fitted
+    shape = tuple(factors.Lambda[layers[0]].shape)
+    for gradients in ({"no.such": torch.zeros(shape)}, {layers[0]: torch.zeros(shape[0] + 1, shape[1])}):
+        with pytest.raises(ValueError, match="gradients: .*; the last two axes must be those of the factors, "):
+            factors.ihvp(gradients)
+
+
+def test_queries_in_batches_are_the_queries_together(fitted):
+    model, layers, factors = fitted
+    train = tiny.batches(EXAMPLES)
+    for rank in (None, 2):
+        one, three = (influence(model, factors, tiny.batches(QUERIES, size), train, rank=rank, **QUIET)
+                      for size in (1, 3))
+        assert tiny.close(model, one, three)

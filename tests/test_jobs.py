@@ -1,7 +1,9 @@
 """Jobs that are killed at any moment go on with the same numbers; what is damaged or foreign is refused."""
 
+import inspect
 import json
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import (
     __main__,
@@ -198,7 +201,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        with pytest.raises(OSError, match="second_moments"):
+        with pytest.raises(OSError, match="second_moments.*could not be written"):
             fit(tiny.gpt2(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -242,13 +245,71 @@ def test_bad_stories_are_named(rows, error, tmp_path):
     (["score", "--factors", "nowhere"], "has no factors.safetensors"),
     (["fit", "--limit", "0"], "limit=0 must be 1 or more"),
     (["fit", "--limit", "3", "--batch-size", "0"], "batch_size=0 must be 1 or more"),
-    (["fit", "--limit", "3", "--max-length", "1"], "max_length=1"),
+    (["fit", "--limit", "3", "--max-length", "1"], "stories from 0 on: max_length=1"),
+    (["fit", "--limit", "3", "--device", "cuda:99"], "device='cuda:99' cannot be used here"),
+    (["fit", "--limit", "3", "--device", "nonsense"], "device='nonsense' cannot be used here"),
     (["fit", "--limit", "3", "--out", "/dev/null/x"], "nothing can be written in '/dev/null/x/checkpoint'"),
 ])
 def test_errors_on_the_command_line_are_one_line(argv, message, tmp_path, capsys):
     assert __main__.main([argv[0], "--out", str(tmp_path / "x.npy"), "--quiet", *argv[1:]]) == 1
     said = capsys.readouterr().err.strip()
     assert message in said and said.startswith(f"{argv[0]}: ") and "\n" not in said
+    assert "--device" not in argv or "give one of: cpu" in said
+
+
+@pytest.mark.parametrize("command", ["fit", "explore"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(command, tmp_path, capsys):
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=37, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=64)).save_pretrained(tmp_path)  # fmt: skip
+    load_lm().tokenizer.save_pretrained(tmp_path)
+    more = {"fit": ["--quiet"], "explore": ["--query", "Tom", " ran.", "--shown", "2"]}[command]
+    argv = [command, "--model", str(tmp_path), "--stories", "bundled", "--limit", "20", "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert __main__.main([*argv, *more]) == 1
+    *bars, said = capsys.readouterr().err.splitlines()
+    assert said.startswith({"fit": "fit: batches: ", "explore": "explorer: batches: "}[command])
+    assert "37 tokens: take its own tokenizer" in said and (command == "explore" or not bars)
+
+
+@pytest.mark.parametrize("error,message", [
+    (RuntimeError("Connection closed\nat gloo"), "another rank was lost, or this one failed: Connection closed. The"),
+    (KeyboardInterrupt(), "stopped. The"),
+    (signal.SIGTERM, "stopped by SIGTERM (under torchrun: another rank has died). The"),
+])
+def test_what_ends_a_rank_is_one_line_that_says_how_to_go_on(error, message, monkeypatch, capsys):
+    def run(command, args):
+        if error is signal.SIGTERM:
+            signal.raise_signal(error)
+        raise error
+
+    monkeypatch.setattr(__main__, "run", run)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert __main__.main(["fit", "--quiet", "--out", "here"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"fit, rank 0 of 2: {message} same command") and "\n" not in said
+    assert said.endswith("goes on where it was, from here.")
+
+
+def test_a_stop_of_a_process_alone_speaks_of_no_ranks(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(__main__, "run", lambda command, args: signal.raise_signal(signal.SIGTERM))
+    assert __main__.main(["fit", "--quiet", "--out", "here"]) == 1
+    said = capsys.readouterr().err
+    assert said == "fit: stopped by SIGTERM. The same command goes on where it was, from here.\n"
+
+
+@pytest.mark.parametrize("command", ["fit", "score"])
+def test_a_command_has_the_arguments_and_defaults_of_its_function(command, monkeypatch):
+    given, parameters = {}, inspect.signature(getattr(jobs, command)).parameters
+    for name in ("TINYSTORIES", "STORIES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jobs, command, lambda **arguments: given.update(arguments))
+    assert __main__.main([command, "--quiet"]) == 0
+    assert given.keys() == parameters.keys()
+    del given["progress"]  # as there is a terminal or not
+    assert given == {name: parameters[name].default for name in given}
 
 
 def test_help_shows_every_command(capsys):

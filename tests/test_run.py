@@ -42,6 +42,14 @@ def test_a_bad_source_is_one_line_and_exit_status_1(small, monkeypatch, capsys, 
     assert err.startswith("make run: ") and message in err and "Traceback" not in err
 
 
+def test_stories_without_an_opening_to_ask_about_are_one_line(small, monkeypatch, capsys):
+    (small / "short.txt").write_text("A b.\n" * 20, "utf-8")
+    monkeypatch.setenv("STORIES", str(small / "short.txt"))
+    assert run.main() == 1
+    said = "make run: stories: none that is held out opens with a sentence to ask about (25 to 200 characters)\n"
+    assert capsys.readouterr().err == said
+
+
 def test_stories_without_a_validation_split_keep_some_back(small, monkeypatch, tmp_path_factory, capsys):
     file = tmp_path_factory.mktemp("stories") / "some.txt"
     story = "Once upon a time, there was a girl named Ada who was {}. She ran to the park. She was glad."

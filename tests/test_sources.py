@@ -181,7 +181,7 @@ def test_without_network_one_error_says_what_to_do(tmp_path):
 
 def test_a_model_folder(folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    lm = load_lm(os.path.relpath(folder, ROOT))  # from the repository root, not from here
+    lm = load_lm(os.path.relpath(folder, ROOT))  # from the repository root: nothing is there from here
     assert lm.name == "tiny" and not lm.model.training and lm.tokenizer.model_max_length == 24
     assert lm.tokenizer.decode(lm.tokenizer(STORIES[2]).input_ids) == STORIES[2]
     assert load_lm(folder).model.dtype == torch.float32
@@ -197,9 +197,9 @@ def test_models_that_are_refused(folder, tmp_path, monkeypatch):
     GPTNeoForCausalLM(tiny()).save_pretrained(here)
     monkeypatch.chdir(tmp_path)
     for source, error, said in [
-        ("bundeld", FileNotFoundError, f"source='bundeld': {ROOT}/bundeld does not exist.*'bundled', 'hub', a folder"),
+        ("bundeld", FileNotFoundError, f"'bundeld': {tmp_path}/bundeld and {ROOT}/bundeld does not exist.*a folder"),
         ("../no/such/folder", FileNotFoundError, "does not exist"),
-        ("some/model", FileNotFoundError, f"There is {here}: give this path"),
+        ("some/model", ValueError, "has no tokenizer"),  # from the current folder, and no hub id
         (str(folder / "config.json"), FileNotFoundError, "is no folder"),
         (str(tmp_path), OSError, f"the model in {tmp_path} could not be loaded"),
         (str(here), ValueError, "has no tokenizer; put its tokenizer.json"),

@@ -132,15 +132,21 @@ def average_gradients(model):
         p.grad.copy_(part.view_as(p))
 
 
-def one_pass(model, optimizers, ids, order, rate, dropout, rank, processes):
-    """One pass over the corpus, in the order that the seed `order` gives; rate(k, n) is the rate of step k of n."""
+def one_pass(model, optimizers, ids, order, rate, dropout, rank, processes, left_out=None):
+    """One pass over the corpus, in the order that the seed `order` gives; rate(k, n) is the rate of step k of n.
+
+    left_out: {story: positions of the tokens, or a slice, on which no loss is taken}; batches and steps stay the same.
+    """
     torch.manual_seed(2 * order + rank)
     model.train()
     for layer in (model.transformer.drop, *(block.mlp.dropout for block in model.transformer.h)):
         layer.p = dropout  # only here: it is 0 in the configuration that is saved
     batches = epoch_batches(ids, order)
     for k, indices in enumerate(batches):
-        model(**pad([ids[i] for i in indices[rank::processes]], PAD_ID)).loss.backward()
+        batch = pad([ids[i] for i in indices[rank::processes]], PAD_ID)
+        for labels, i in zip(batch["labels"], indices[rank::processes]):
+            labels[(left_out or {}).get(i, [])] = -100
+        model(**batch).loss.backward()
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
