@@ -89,7 +89,8 @@ def parser():
         "score", help="score every story for every query",
         description="One pass over the stories. The scores go to OUT, a .npy file [query, story] (more axes with "
                     "--per) in the order of the stories, while OUT with .json for .npy counts what is there: memory "
-                    "does not grow with the stories. numpy.load(OUT, mmap_mode='r') reads them.")  # fmt: skip
+                    "does not grow with the stories. numpy.load(OUT, mmap_mode='r') reads them, and OUT "
+                    "with .axes.json for .npy says what the axes are.")  # fmt: skip
     for one in (fit, score):
         _shared(one)
     say = fit.add_argument

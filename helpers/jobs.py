@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from datasets.distributed import split_dataset_by_node
 from . import ranks, sources
 from .batches import check_unicode, completions, tokenize
 from .checkpoint import BLOCK, make_folder
+from .checkpoint import replace as replace_file
 from .ekfac import MATRICES, EKFACFactors, fit_ekfac
 from .influence import influence
 from .layers import linear_layers
@@ -144,7 +146,9 @@ def score(model="bundled", stories=None, factors="out/job", out="out/job/scores.
 
     factors: the folder that `fit` wrote; query: a list of (prompt, completion) or (prompt,), whose continuation the
     model chooses; None with the bundled model and stories: planted facts. top: print so many of the most helpful
-    stories. Returns the scores, mapped from the file (None off rank 0). The same call after a kill goes on.
+    stories. Beside `out`, a file .axes.json says what its axes are: the queries' texts, the source of the stories (in
+    their order), the layers. Returns the scores, mapped from the file (None off rank 0). The same call after a kill
+    goes on.
     """
     stories, lm, found = _own(model, stories), sources.load_lm(model), EKFACFactors.load(factors)
     if top and per != "sequence":
@@ -158,8 +162,12 @@ def score(model="bundled", stories=None, factors="out/job", out="out/job/scores.
     matrices = _moved([{name: getattr(found, name) for name in MATRICES}], batches.device)
     scores = influence(lm.model, replace(found, **matrices[0]), given, batches, damping=damping, rank=rank, per=per,
                        out=out, progress=progress)  # fmt: skip
-    if scores is not None and top:
-        report(pairs, scores, everything, top)
+    if scores is not None:
+        axes = {"queries": pairs, "stories": str(stories), "model": str(model), "per": per, "layers": list(found.A)}
+        told = json.dumps(axes, ensure_ascii=False, indent=1)
+        replace_file(Path(out).with_suffix(".axes.json"), lambda path: path.write_text(told, "utf-8"))
+        if top:
+            report(pairs, scores, everything, top)
     return scores
 
 

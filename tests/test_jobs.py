@@ -341,8 +341,10 @@ def test_kill_9_twice_in_the_middle_of_writing(tmp_path):
         assert done.returncode == code, done.stderr
     assert __main__.main(["score", *some, "--out", str(alone / "s.npy"), "--quiet"]) == 0
     assert (job / "s.npy").read_bytes() == (alone / "s.npy").read_bytes()
-    assert sorted(path.name for path in job.iterdir()) == ["checkpoint", "factors.safetensors", "s.json", "s.npy",
-                                                          "s.npy.lock"]
+    assert sorted(path.name for path in job.iterdir()) == ["checkpoint", "factors.safetensors", "s.axes.json", "s.json",
+                                                          "s.npy", "s.npy.lock"]
+    axes = json.loads((job / "s.axes.json").read_text("utf-8"))
+    assert axes["queries"] == [["Tom was", " happy."]] and axes["stories"] == "bundled" and len(axes["layers"]) == 2
 
 
 @pytest.mark.parametrize("argument", ["checkpoint", "out"])
