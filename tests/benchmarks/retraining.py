@@ -30,7 +30,7 @@ PASSES, RUN = 3, 10  # trained, of as many
 LEAST, N_FIT = 16, 1000
 KINDS = ("literal", "paraphrased")
 REMOVALS = ("nothing", "EK-FAC", "tellings", "BM25", "EK-FAC, tokens", "gradient dot product", "random",
-            "EK-FAC, no tellings", "answers in tellings")
+            "EK-FAC, no tellings")
 
 
 def train(seed, ids, left_out):
@@ -96,8 +96,6 @@ def choose(removed, lm, facts, mentions, stories, scores, factors):
         if removed == "EK-FAC, tokens":
             tokens[fact.fact], summed[fact.fact] = strongest_tokens(lm, factors, fact, scores["EK-FAC"][fact.Index],
                                                                     stories, fact.tellings)
-        elif removed == "answers in tellings":
-            tokens[fact.fact] = answers(mentions[mentions.fact == fact.fact], fact, stories, lm.tokenizer)
         else:
             named_for[fact.fact] = set(named(removed, fact, told[fact.fact], scores, rng))
             left_out |= dict.fromkeys(named_for[fact.fact], slice(None))
@@ -113,17 +111,6 @@ def choose(removed, lm, facts, mentions, stories, scores, factors):
                                         else summed[fact.fact]) / len(stories),
                      "dot": float(scores["gradient dot product"][fact.Index, whole].sum()) / len(stories)})
     return left_out, rows
-
-
-def answers(mentions, fact, stories, tokenizer):
-    """[(story, position)] of the answer's tokens in the sentences that tell the fact."""
-    pairs, word = [], fact.completion.strip()
-    for mention in mentions.itertuples():
-        text = stories[int(mention.row)]["text"]
-        at = text.lower().index(word, mention.start, mention.end)
-        spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        pairs += [(int(mention.row), t) for t, (start, end) in enumerate(spans) if start < at + len(word) and end > at]
-    return pairs
 
 
 def losses(lm, facts, stories):
