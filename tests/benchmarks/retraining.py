@@ -5,6 +5,7 @@ pass is done again from the same start, in the same order, with the loss left ou
 a method puts first for the facts of the reporting half told at least LEAST times, as many for each as it has tellings,
 all facts at once. A row is one fact after one such training; facts of the other half are bystanders. `predicted` is
 what EK-FAC's scores, `dot` what gradient dot products of what was left out add up to, over the number of stories.
+For tokens it is those of the fact's own; `tokens` adds up the lists, and two facts can name the same token.
 The scores of seed 1 are those of the bundled checkpoint pass03, of another seed those of its run with nothing left out.
 Seeded; a training whose rows are in the table is skipped, so a run that was stopped goes on with the next one. About
 nine minutes each on one core; two seeds can run side by side.
