@@ -6,7 +6,7 @@ import torch
 
 from .examples import check_targets
 from .gradients import fastest_gradients
-from .influence import check_factors, collect, sequence_gradients, sequence_scores
+from .influence import check_factors, collect, sequence_scores, sum_over_tokens
 from .layers import frozen
 from .tasks import causal_lm
 
@@ -29,10 +29,11 @@ def damping_sweep(model, factors, queries, train, dampings, relative=True, task=
     check_targets(train, task, "train")
     layers = list(factors.A)
     with frozen(model):
-        gradients = sequence_gradients(model, queries, layers, task)
-        directions = {name: torch.cat([_direction(factors, name, gradients[name], damping, relative)
+        gradients = fastest_gradients(model, layers, task, train[0])
+        asked = sum_over_tokens(gradients, queries, layers)
+        directions = {name: torch.cat([_direction(factors, name, asked[name], damping, relative)
                                        for damping in dampings]) for name in layers}
-        scores = collect(fastest_gradients(model, layers, task), train, directions, sequence_scores, True, progress)
+        scores = collect(gradients, train, directions, sequence_scores, True, progress)
     scores = scores.unflatten(1, (len(dampings), -1)).transpose(0, 1)
     return _tidy(torch.cat([scores, scores.sum(1, keepdim=True)], 1).cpu().numpy(), dampings, [*layers, "all"])
 

@@ -64,14 +64,19 @@ def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None)
     return TokenGradients(*({name: value[i] for name, value in read.items()} for i in range(3)), hidden)
 
 
-def fastest_gradients(model, layers, task):
-    """gradients(batch, seed=None, hidden=None): `token_gradients` by the `fast_paths` of the first batch it gets."""
-    fast = None
+def fastest_gradients(model, layers, task, batch=None):
+    """gradients(batch, seed=None, hidden=None): `token_gradients` by the `fast_paths` of the first batch with its keys.
+
+    Finding them can cost as much as a large batch. Who reads queries and stories makes one of these for both, and
+    gives it a batch of stories, which show more than a short query: a window of attention, for one.
+    """
+    found = {} if batch is None else {frozenset(batch): fast_paths(model, batch, layers, task)}
 
     def gradients(batch, seed=None, hidden=None):
-        nonlocal fast
-        fast = fast_paths(model, batch, layers, task) if fast is None else fast
-        return token_gradients(model, batch, layers, task, seed, fast, hidden)
+        keys = frozenset(batch)
+        if keys not in found:
+            found[keys] = fast_paths(model, batch, layers, task)
+        return token_gradients(model, batch, layers, task, seed, found[keys], hidden)
 
     return gradients
 

@@ -53,7 +53,7 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
     check_targets(queries, task, "queries", data[0])
     examples, width = check_targets(train, task, "train", data[1])
     with frozen(model):
-        scored = _scorer(model, factors, queries, task, damping, rank, per)
+        scored = _scorer(model, factors, queries, train[0], task, damping, rank, per)
         if out is None:
             return scored(train, progress=progress)
         added = damping if damping is None or isinstance(damping, dict) else float(damping)
@@ -63,26 +63,26 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
                              job_of(model, task, data[1], values), progress)
 
 
-def _scorer(model, factors, queries, task, damping, rank, per):
-    """scored(train, progress=...) -> Tensor, with P(∇L_q) of all queries at hand."""
+def _scorer(model, factors, queries, batch, task, damping, rank, per):
+    """scored(train, progress=...) -> Tensor, with P(∇L_q) of all queries at hand; batch: the first of train."""
     if per == "token_pair":
         return lambda train, progress: token_pair_scores(model, factors, queries, train, task, damping, progress)
-    directions = _directions(model, factors, queries, task, damping, rank)
+    gradients = fastest_gradients(model, list(factors.A), task, batch)
+    directions = _directions(gradients, factors, queries, damping, rank)
     if per == "output_token":
         return lambda train, progress: output_token_scores(model, train, directions, task, progress)
-    gradients = fastest_gradients(model, list(factors.A), task)
     score = _token_scores if per in ("token", ("layer", "token")) else sequence_scores
     return lambda train, progress: collect(gradients, train, directions, score, "layer" in per, progress)
 
 
-def _directions(model, factors, queries, task, damping, rank):
+def _directions(gradients, factors, queries, damping, rank):
     """{layer: P(∇L_q) [query, d_out, d_in (+1)], or its two thin factors}, one batch of queries after the other, so
     that with a rank no more than one batch's are ever whole."""
     parts = {name: [] for name in factors.A}
     for batch in queries:
-        gradients = sequence_gradients(model, [batch], list(parts), task)
+        found = sum_over_tokens(gradients, [batch], list(parts))
         for name in parts:
-            whole = factors.ihvp({name: gradients.pop(name)}, damping)[name]
+            whole = factors.ihvp({name: found.pop(name)}, damping)[name]
             parts[name].append(whole if rank is None else truncate(whole, rank))
     if rank is None:
         return {name: torch.cat(parts.pop(name)) for name in list(parts)}
@@ -107,14 +107,18 @@ def check_factors(model, factors):
 
 def sequence_gradients(model, batches, layers, task=causal_lm):
     """{layer: [example, d_out, d_in (+1)]}: gradients of each example's summed loss, in the order given."""
-    groups = by_length(batches)
-    order = torch.cat([rows for rows, _ in groups]).argsort()
-    gradients, parts = fastest_gradients(model, layers, task), {name: [] for name in layers}
     with frozen(model):
-        for rows, batch in groups:
-            got = gradients(batch)
-            for name in layers:
-                parts[name].append(finite(got.outputs[name].transpose(1, 2) @ got.inputs[name], name, rows))
+        return sum_over_tokens(fastest_gradients(model, layers, task), batches, layers)
+
+
+def sum_over_tokens(gradients, batches, layers):
+    """What `sequence_gradients` returns, by way of the `fastest_gradients` of a model that is `frozen`."""
+    groups, parts = by_length(batches), {name: [] for name in layers}
+    for rows, batch in groups:
+        got = gradients(batch)
+        for name in layers:
+            parts[name].append(finite(got.outputs[name].transpose(1, 2) @ got.inputs[name], name, rows))
+    order = torch.cat([rows for rows, _ in groups]).argsort()
     return {name: torch.cat(value)[order] for name, value in parts.items()}
 
 

@@ -279,3 +279,15 @@ def test_queries_in_batches_are_the_queries_together(fitted):
         one, three = (influence(model, factors, tiny.batches(QUERIES, size), train, rank=rank, **QUIET)
                       for size in (1, 3))
         assert tiny.close(model, one, three)
+
+
+def test_fast_paths_are_found_once_and_on_the_stories(fitted, monkeypatch):
+    model, _, factors = fitted
+    train, queries, seen = tiny.batches(EXAMPLES), tiny.batches(QUERIES, 2), []
+    monkeypatch.setattr("helpers.gradients.fast_paths", lambda *args: seen.append(args[1]) or fast_paths(*args))
+    assert len(queries) > 1
+    influence(model, factors, queries, train, **QUIET)
+    assert len(seen) == 1 and seen[0] is train[0]
+    more = [{**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)} for batch in queries]
+    influence(model, factors, more, train, **QUIET)
+    assert len(seen) == 3 and "position_ids" in seen[2]  # other keys, another look

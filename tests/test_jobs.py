@@ -98,7 +98,7 @@ def test_scores_on_disk_are_those_in_memory_also_after_stops(per, tmp_path):
     model, out = tiny.llama(), tmp_path / "new" / "scores.npy"
     factors = fit(model, None)
     expected = influence(model, factors, BATCHES[:1], BATCHES, per=per, progress=False)
-    for n in [{"output_token": 7, "token_pair": 16}.get(per, 11)] * 2:  # each of the two stores one block
+    for n in [{"output_token": 7, "token_pair": 16}.get(per, 8)] * 2:  # each of the two stores one block
         with pytest.raises(Stop):
             score(model, factors, out, Dying(n), per=per)
         assert not out.exists()

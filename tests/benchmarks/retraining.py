@@ -4,8 +4,11 @@ Adds to retraining.csv beside this file, which notebook 11 shows. The run of hel
 pass is done again from the same start, in the same order, with the loss left out on some stories or tokens: those that
 a method puts first for the facts of the reporting half told at least LEAST times, as many for each as it has tellings,
 all facts at once. A row is one fact after one such training; facts of the other half are bystanders. `predicted` is
-what EK-FAC's scores, `dot` what gradient dot products of what was left out add up to, over the number of stories.
-For tokens it is those of the fact's own; `tokens` adds up the lists, and two facts can name the same token.
+what EK-FAC's scores, `dot` what gradient dot products of what was left out add up to, over the number of stories;
+`own` is the part of `predicted` that the tokens named for the fact itself make. `tokens` counts a token once that two
+facts name. Beside "EK-FAC, tokens" stand as many tokens drawn by lot in the same stories ("neighbors"), as many places
+of the same tokens drawn by lot in the corpus ("same words"), and the first token of the answer, once in each telling
+("answers").
 The scores of seed 1 are those of the bundled checkpoint pass03, of another seed those of its run with nothing left out.
 Seeded; a training whose rows are in the table is skipped, so a run that was stopped goes on with the next one. About
 nine minutes each on one core; two seeds can run side by side.
@@ -25,13 +28,15 @@ from helpers import completions, fit_ekfac, influence, linear_layers, tokenize
 from helpers.bundled.train import DROPOUT, new_model, new_optimizers, one_pass, prepare, running
 from helpers.kernels import fast_kernels
 from helpers.sources import LM, load_facts, load_lm, load_stories
+from helpers.tasks import IGNORED
 
 TABLE = Path(__file__).with_suffix(".csv")
 PASSES, RUN = 3, 10  # trained, of as many
 LEAST, N_FIT = 16, 1000
 KINDS = ("literal", "paraphrased")
 REMOVALS = ("nothing", "EK-FAC", "tellings", "BM25", "EK-FAC, tokens", "gradient dot product", "random",
-            "EK-FAC, no tellings")
+            "EK-FAC, no tellings", "neighbors", "same words", "answers")
+TOKENS = ("EK-FAC, tokens", "neighbors", "same words", "answers")
 
 
 def train(seed, ids, left_out):
@@ -64,14 +69,50 @@ def ranked(lm, facts, stories):
     return scores, factors
 
 
-def strongest_tokens(lm, factors, fact, scores, stories, k):
-    """[(story, position)] of the k losses with the most influence in the 4 k stories on top, and the sum of it."""
-    rows = scores.topk(4 * k).indices
+def predicted(lm, factors, facts, left_out, stories):
+    """[fact]: what the influence of the losses in `left_out`, as in `one_pass`, adds up to."""
+    if not left_out:
+        return torch.zeros(len(facts))
+    train = tokenize([stories[story]["text"] for story in left_out], lm.tokenizer, batch_size=32)
+    for labels, places in zip((line for batch in train for line in batch["labels"]), left_out.values()):
+        kept = labels[places].clone()
+        labels[:] = IGNORED
+        labels[places] = kept
+    queries = completions(zip(facts.prompt, facts.completion), lm.tokenizer)
+    return influence(lm.model, factors, queries, train, progress=False).sum(1)
+
+
+def strongest_tokens(lm, factors, fact, scores, stories):
+    """[(story, position)] of the losses with the most influence, as many as tellings, k, in the 4 k stories on top."""
+    rows = scores.topk(4 * fact.tellings).indices
     query = completions([(fact.prompt, fact.completion)], lm.tokenizer)
     train = tokenize([stories[int(i)]["text"] for i in rows], lm.tokenizer, batch_size=8)
     by_token = influence(lm.model, factors, query, train, per="output_token", progress=False)[0]
-    best = by_token.flatten().topk(k)
-    return [(int(rows[i // by_token.shape[1]]), int(i % by_token.shape[1])) for i in best.indices], best.values.sum()
+    best = by_token.flatten().topk(fact.tellings).indices
+    return [(int(rows[i // by_token.shape[1]]), int(i % by_token.shape[1])) for i in best]
+
+
+def other_tokens(removed, lm, facts, told, strongest, ids, rng):
+    """{fact: [(story, position)]} of the lists that EK-FAC's own, `strongest`, is held against."""
+    taken, places = {pair for pairs in strongest.values() for pair in pairs}, {}
+    for story, line in enumerate(ids):
+        for position, token in list(enumerate(line))[1:]:  # there is no loss on the first
+            places.setdefault(token, []).append((story, position))
+    found = {}
+    for fact in facts.itertuples():
+        if removed == "answers":
+            answer = lm.tokenizer(fact.completion, add_special_tokens=False)["input_ids"]
+            at = {story: [t for t in range(len(ids[story])) if ids[story][t:t + len(answer)] == answer]
+                  for story in sorted(told[fact.fact])}
+            found[fact.fact] = [(story, places[0]) for story, places in at.items() if places]
+            continue
+        found[fact.fact] = []
+        for story, position in strongest[fact.fact]:
+            free = ([(story, t) for t in range(1, len(ids[story]))] if removed == "neighbors" else
+                    places[ids[story][position]])
+            free = [pair for pair in free if pair not in taken and pair not in found[fact.fact]]
+            found[fact.fact] += [free[rng.integers(len(free))]] if free else []
+    return found
 
 
 def named(removed, fact, own, scores, rng):
@@ -86,30 +127,38 @@ def named(removed, fact, own, scores, rng):
     return line.topk(fact.tellings).indices.tolist()
 
 
-def choose(removed, lm, facts, mentions, stories, scores, factors):
+def places_of(pairs):
+    """{story: its positions, sorted} of pairs (story, position)."""
+    places = {}
+    for story, position in sorted(set(pairs)):
+        places.setdefault(story, []).append(position)
+    return places
+
+
+def choose(removed, lm, facts, mentions, stories, ids, scores, factors):
     """(left_out, a row for every fact): what a training leaves out, and what is known of it before the training."""
-    rng, left_out, rows = np.random.default_rng(0), {}, []
+    rng, rows = np.random.default_rng(0), []
     targets = facts[facts.split == "reporting"]
     told = {fact: set(part.row) for fact, part in mentions.groupby("fact")}
-    tokens = {fact: [] for fact in facts.fact}
-    named_for, summed = {fact: set() for fact in facts.fact}, dict.fromkeys(facts.fact, np.nan)
-    for fact in targets.itertuples() if removed != "nothing" else ():
-        if removed == "EK-FAC, tokens":
-            tokens[fact.fact], summed[fact.fact] = strongest_tokens(lm, factors, fact, scores["EK-FAC"][fact.Index],
-                                                                    stories, fact.tellings)
-        else:
-            named_for[fact.fact] = set(named(removed, fact, told[fact.fact], scores, rng))
-            left_out |= dict.fromkeys(named_for[fact.fact], slice(None))
-    for story, position in sorted({pair for pairs in tokens.values() for pair in pairs}):
-        left_out.setdefault(story, []).append(position)
-    whole = [story for story, what in left_out.items() if isinstance(what, slice)]
-    for fact in facts.itertuples():
+    tokens, named_for = {fact: [] for fact in facts.fact}, {fact: set() for fact in facts.fact}
+    if removed in TOKENS:
+        tokens |= {fact.fact: strongest_tokens(lm, factors, fact, scores["EK-FAC"][fact.Index], stories)
+                   for fact in targets.itertuples()}
+        if removed != "EK-FAC, tokens":
+            tokens |= other_tokens(removed, lm, targets, told, tokens, ids, rng)
+    elif removed != "nothing":
+        named_for |= {fact.fact: set(named(removed, fact, told[fact.fact], scores, rng))
+                      for fact in targets.itertuples()}
+    whole = sorted(set().union(*named_for.values()))
+    left_out = dict.fromkeys(whole, slice(None)) | places_of(pair for pairs in tokens.values() for pair in pairs)
+    sums = predicted(lm, factors, facts, left_out, stories) / len(stories)
+    for fact, summed in zip(facts.itertuples(), sums.tolist()):
         own = named_for[fact.fact] or {story for story, _ in tokens[fact.fact]}
+        alone = predicted(lm, factors, facts.loc[[fact.Index]], places_of(tokens[fact.fact]), stories)
         rows.append({"removed": removed, "fact": fact.fact, "tellings": fact.tellings, "split": fact.split,
-                     "stories": len(left_out), "tokens": sum(map(len, tokens.values())),
+                     "stories": len(left_out), "tokens": 0 if whole else sum(map(len, left_out.values())),
                      "told": len(own & told[fact.fact]), "told_in_all": len(told[fact.fact] & set(left_out)),
-                     "predicted": float(scores["EK-FAC"][fact.Index, whole].sum() if whole or removed == "nothing"
-                                        else summed[fact.fact]) / len(stories),
+                     "predicted": summed, "own": float(alone.sum()) / len(stories),
                      "dot": float(scores["gradient dot product"][fact.Index, whole].sum()) / len(stories)})
     return left_out, rows
 
@@ -144,7 +193,7 @@ def main():
         if ((table.seed == args.seed) & (table.removed == removed)).any():
             continue
         start, ranking = time.time(), ranking or ranked(lm, facts, stories)
-        left_out, rows = choose(removed, lm, facts, mentions, stories, *ranking)
+        left_out, rows = choose(removed, lm, facts, mentions, stories, ids, *ranking)
         print(f"{removed}: {len(left_out)} stories, chosen in {time.time() - start:.0f} s", flush=True)
         same = removed == "nothing" and args.seed != 1
         trained = lm if same else LM(train(args.seed, ids, left_out), tokenizer, removed)
