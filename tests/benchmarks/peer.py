@@ -1,9 +1,9 @@
 """What all sides of peers.py share: the problem, read from a folder, and the loop that does and times what it is told.
 
 A side is a program of its own, because each library wants other versions: it reads one JSON order a line from its
-standard input, `{"do": "problem", "folder": another}`, `{"do": "fit", "labels": "true"}` or `{"do": "sequence", "save":
-path or null}` ("token" likewise), and answers one JSON line: seconds `s`, processor time `cpu`, `mib` that memory rose
-above what was in use before; or the `error`.
+standard input, `{"do": "problem", "folder": another}`, `{"do": "stories", "folder": another}`, which keeps the factors,
+`{"do": "fit", "labels": "true"}` or `{"do": "sequence", "save": path or null}` ("token" likewise), and answers one JSON
+line: seconds `s`, processor time `cpu`, `mib` that memory rose above what was in use before; or the `error`.
 """
 
 import json
@@ -94,6 +94,8 @@ def serve(make):
         try:
             if order["do"] == "problem":
                 side, answer = make(read_problem(order["folder"])), {}
+            elif order["do"] == "stories":
+                side.train, answer = make(read_problem(order["folder"])).train, {}
             elif order["do"] == "fit":
                 _, answer = measured(side.fit, order["labels"])
             else:

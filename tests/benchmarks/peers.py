@@ -176,16 +176,22 @@ def compared(sides, folder):
 
 def timed(args):
     """Rows of peers.csv: medians of alternating repeats."""
-    rows = []
+    rows, steps = [], args.steps or ("fit", "sequence", "token")
     with tempfile.TemporaryDirectory() as folder:
         big_problem(folder, args)
         sides = {name: Side(name, args.python, folder, args.threads) for name in args.sides}
         for side in sides.values():  # all are loaded before one is timed
             side.ask(do="problem", folder=folder)
+        if args.steps:  # factors of few stories are as good for the time of the scores
+            few = Path(folder) / "few"
+            big_problem(few, argparse.Namespace(**vars(args) | {"stories": 64}))
+            for side in sides.values():
+                [side.ask(**order) for order in ({"do": "problem", "folder": str(few)}, {"do": "fit", "labels": "true"},
+                                                 {"do": "stories", "folder": folder})]
         got = {} if args.unchecked else compared(sides, Path(folder))
         for repeat in range(args.repeats):
             for name, side in list(sides.items())[:: 1 if repeat % 2 else -1]:
-                for what in ("fit", "sequence", "token"):
+                for what in steps:
                     answer = side.ask(do=what, labels="sampled")
                     rows.append({"side": name, "what": what, "s": None, "cpu": None, "mib": None, **answer})
                     print(repeat, name, what, answer, flush=True)
@@ -221,6 +227,8 @@ def main():
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", nargs="+", choices=("sequence", "token"), help="time these only, with factors of 64 "
+                        "stories; goes with --unchecked")
     parser.add_argument("--unchecked", action="store_true", help="time only; do not compare the scores first")
     args = parser.parse_args()
     args.python = dict(pair.split("=", 1) for pair in args.python)
