@@ -108,8 +108,8 @@ def other_tokens(removed, lm, facts, told, strongest, ids, rng):
             continue
         found[fact.fact] = []
         for story, position in strongest[fact.fact]:
-            free = ([(story, t) for t in range(1, len(ids[story]) - 1)] if removed == "neighbors" else
-                    places[ids[story][position]])  # not the last, the end of the text, which `tokenize` does not add
+            inside = range(1, len(ids[story]) - 1)  # the last is the end of the text, which `tokenize` does not add
+            free = ([(story, t) for t in inside] if removed == "neighbors" else places[ids[story][position]])
             free = [pair for pair in free if pair not in taken and pair not in found[fact.fact]]
             found[fact.fact] += [free[rng.integers(len(free))]] if free else []
     return found
