@@ -75,7 +75,7 @@ def check_dampings(dampings):
 
 def _direction(factors, name, gradient, damping, relative):
     """P(∇L_q) of one layer, [query, d_out, d_in (+1)]."""
-    added = damping * float(factors.Lambda[name].mean()) if relative else damping
+    added = damping * factors.mean_eigenvalue(name) if relative else damping
     return factors.ihvp({name: gradient}, added)[name]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from .tasks import causal_lm
 
 KEEP_BYTES = 1 << 30  # of gradients kept for the second pass, and as much again of ∂L/∂h; the rest runs anew
 ROUNDING = 1e-14  # of a layer's largest eigenvalue: below it, an undamped one is noise
+NOISE = 1e-13  # of the largest layer's mean eigenvalue: below it, a layer's gradients are float32's rounding
 MATRICES = ("A", "S", "Q_A", "Q_S", "Lambda")
 
 
@@ -59,14 +60,14 @@ class EKFACFactors:
         return out
 
     def damped(self, name, damping=None):
-        """Lambda + damping of one layer; raises ValueError for a damping below zero, one that lacks the layer, and
-        where an entry of the sum is not above zero."""
+        """Lambda + damping of one layer; raises ValueError for a damping below zero, one that lacks the layer, where
+        an entry of the sum is not above zero, and for None as `mean_eigenvalue`."""
         Lambda = self.Lambda[name]
         if isinstance(damping, dict):
             if name not in damping:
                 raise ValueError(f"damping has {sorted(damping)} and lacks {name!r}: give every layer's, or one number")
             damping = damping[name]
-        added = 0.1 * Lambda.mean() if damping is None else damping
+        added = 0.1 * self.mean_eigenvalue(name) if damping is None else damping
         if not added >= 0:
             raise ValueError(f"damping must be None or a number of at least 0, got {damping}")
         least = 0 if added > 0 else ROUNDING * Lambda.max()
@@ -74,6 +75,20 @@ class EKFACFactors:
             raise ValueError(f"damping={damping} leaves zero eigenvalues in Lambda of {name!r}, up to rounding, which "
                              "cannot be divided by: give a damping above 0")
         return Lambda + added
+
+    @cached_property
+    def _means(self):
+        return {name: float(Lambda.mean()) for name, Lambda in self.Lambda.items()}
+
+    def mean_eigenvalue(self, name):
+        """mean(Lambda) of a layer, the unit of damping=None; ValueError where it is rounding beside another layer's, so
+        that scores would be 0/0, of any size (attention that sees one key gives queries and keys no gradient)."""
+        largest = max(self._means, key=self._means.get)
+        if 0 < self._means[name] < NOISE * self._means[largest]:
+            raise ValueError(f"factors: the gradients of {name!r} are zero but for rounding (mean(Lambda) is "
+                             f"{self._means[name]:.0e}, that of {largest!r} {self._means[largest]:.0e}), and so would "
+                             "be a damping relative to them: leave the layer out, or give damping as a number")
+        return self._means[name]
 
     def save(self, directory):
         """Writes `factors.safetensors` in `directory` (made if need be)."""

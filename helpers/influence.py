@@ -182,7 +182,7 @@ def self_influence(model, factors, train, task=causal_lm, damping=None, progress
                 a, ds = got.inputs[name], got.outputs[name]
                 turned = rotated_gradients(a, ds, factors.Q_A[name].to(a), factors.Q_S[name].to(a))
                 scores[rows] += finite((turned * scale[name].to(a.device)).square_().sum((1, 2)), name, rows).cpu()
-    return scores.to(a.dtype)
+    return scores.to(a)
 
 
 def top_k(scores, k):

@@ -15,6 +15,7 @@ from helpers import (
     cg,
     check_setup,
     classification,
+    damping_sweep,
     fit_ekfac,
     influence,
     linear_layers,
@@ -231,6 +232,24 @@ def test_eigenvalues_that_are_rounding_are_not_divided_by():
     with pytest.raises(ValueError, match="damping=0.0 leaves zero eigenvalues"):
         dataclasses.replace(factors, Lambda=noise).damped(layers[0], 0.0)
     dataclasses.replace(factors, Lambda=noise).damped(layers[0], 1e-30)
+
+
+def test_a_layer_whose_gradients_are_rounding_has_no_damping_of_its_own():
+    model = tiny.llama()
+    pairs = [(ids[:2], labels[:2]) for ids, labels in tiny.stories(6)]  # the one target sees one key
+    train, layers = tiny.batches(pairs), linear_layers(model, "q_proj|v_proj|mlp")
+    factors = fit_ekfac(model, train, layers, **QUIET)
+    means = {name: float(Lambda.mean()) for name, Lambda in factors.Lambda.items()}
+    for scores in (influence, self_influence, functools.partial(damping_sweep, dampings=[0.1])):
+        batches = [train] if scores is self_influence else [train, train]
+        with pytest.raises(ValueError, match="q_proj' are zero but for rounding .* leave the layer out, or give damp"):
+            scores(model, factors, *batches, **QUIET)
+    there = [name for name in layers if "q_proj" not in name]
+    assert max(means.values()) < 1e6 * min(means[name] for name in there)
+    whole = influence(model, factors, train, train, damping=1e-3, **QUIET)
+    rest = fit_ekfac(model, train, there, **QUIET)
+    assert torch.allclose(influence(model, rest, train, train, damping=1e-3, **QUIET), whole, rtol=1e-10)
+    influence(model, rest, train, train, **QUIET)  # and with theirs, those that have gradients
 
 
 @pytest.mark.parametrize("solver", [cg, arnoldi, nystrom])
