@@ -125,8 +125,8 @@ def check_classes(targets, classes):
 def keyed_uniforms(batch, targets, seed):
     """Uniforms in (0, 1), float64, of targets' shape, keyed by (seed, unpadded inputs of the example, position).
 
-    Neither padding nor the order or size of batches changes them; whether there is an attention_mask does. The key is a
-    BLAKE2b digest, the stream SplitMix64 (Steele et al. 2014).
+    Neither padding nor the order or size of batches changes them. The key is a BLAKE2b digest, the stream SplitMix64
+    (Steele et al. 2014).
     """
     keys = np.array([_key(batch, row, seed) for row in range(len(targets))], dtype=np.uint64)
     flat = targets.reshape(len(targets), -1)
@@ -152,12 +152,14 @@ def _key(batch, row, seed):
 
 
 def _positions(batch, targets):
-    """Index of every target within its example, counting real positions only, as uint64 [B, targets an example]."""
+    """Index of every target within its example, as uint64 [B, targets an example]; of tokens the real ones count, from
+    1, with or without a mask."""
     per_step = targets[0].numel() // targets.shape[1] if targets.dim() > 1 else 1
     steps = torch.arange(targets[0].numel() // per_step, device="cpu").expand(len(targets), -1)
     mask = batch.get("attention_mask")
     tokens = targets.dim() > 1 + targets.is_floating_point()  # a regression's [B, C] has no token axis
-    if mask is not None and tokens and 0 <= mask.shape[1] - targets.shape[1] <= 1:
-        steps = mask.cpu().long().cumsum(1)[:, : targets.shape[1]]
+    if tokens:
+        masked = mask is not None and 0 <= mask.shape[1] - targets.shape[1] <= 1
+        steps = mask.cpu().long().cumsum(1)[:, : targets.shape[1]] if masked else steps + 1
     inner = torch.arange(per_step, device="cpu")
     return (steps[..., None] * per_step + inner).flatten(1).numpy().astype(np.uint64)

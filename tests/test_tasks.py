@@ -1,5 +1,6 @@
 """Tasks that are no language model: Gaussian and categorical targets, pooled layers, and the draws of pseudo-labels."""
 
+import pytest
 import tiny
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -81,3 +82,16 @@ def test_draws_keep_the_mask_and_depend_on_seed_position_and_input():
     other = {**batch, "input_ids": batch["input_ids"] + (torch.arange(5) == 3)[:, None]}
     changed = keyed_uniforms(other, targets, 0)
     assert torch.equal((changed != uniforms).any(1), torch.arange(5) == 3)
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.MODELS))
+def test_a_mask_of_ones_is_as_good_as_none(kind):
+    model, train = tiny.MODELS[kind](), tiny.batches(tiny.stories(5), 1, extra_pads=2)
+    bare = [{name: value[:, batch["attention_mask"][0].bool()] for name, value in batch.items()
+             if name != "attention_mask"} for batch in train]
+    layers = linear_layers(model, tiny.LAYERS)
+    with_mask, without = (fit_ekfac(model, batches, layers, progress=False) for batches in (train, bare))
+    other = fit_ekfac(model, bare, layers, seed=1, progress=False)
+    for name in layers:
+        assert tiny.close(model, without.Lambda[name].sum(), with_mask.Lambda[name].sum())
+        assert not tiny.close(model, other.Lambda[name].sum(), with_mask.Lambda[name].sum())
