@@ -97,6 +97,8 @@ def _short(value):
 def _strings(texts):
     if isinstance(texts, str):
         raise TypeError(f"texts is one string, {texts[:40]!r}…; give a list of strings")
+    if not hasattr(texts, "__iter__"):
+        raise TypeError(f"texts is a {type(texts).__name__}; give a list of strings, and the tokenizer after it")
     texts = list(texts)
     if not texts:
         raise ValueError("texts is empty; give at least one text")

@@ -133,7 +133,8 @@ def check_job(path, there, here, argument):
     if not isinstance(there, dict):
         raise ValueError(f"{argument}: {str(path)!r} was not written by this package; name another place")
     short = lambda value: text if len(text := repr(value)) <= 60 else text[:57] + "..."
-    differs = [f"{key} is {short(there.get(key))} there and {short(here.get(key))} here"
+    names = {"data": "data (the batches: their tokens, labels, lengths, order)", "queries": "queries (their batches)"}
+    differs = [f"{names.get(key, key)} is {short(there.get(key))} there and {short(here.get(key))} here"
                for key in {**here, **there} if there.get(key) != here.get(key)]
     if differs:
         raise ValueError(f"{argument}: {str(path)!r} belongs to another job: {'; '.join(differs)}. Name another place, "

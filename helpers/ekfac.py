@@ -68,12 +68,12 @@ class EKFACFactors:
                 raise ValueError(f"damping has {sorted(damping)} and lacks {name!r}: give every layer's, or one number")
             damping = damping[name]
         added = 0.1 * self.mean_eigenvalue(name) if damping is None else damping
-        if not added >= 0:
+        if isinstance(added, str) or not added >= 0:
             raise ValueError(f"damping must be None or a number of at least 0, got {damping}")
         least = 0 if added > 0 else ROUNDING * Lambda.max()
         if not bool((Lambda + added > least).all()):
             raise ValueError(f"damping={damping} leaves zero eigenvalues in Lambda of {name!r}, up to rounding, which "
-                             "cannot be divided by: give a damping above 0")
+                             "cannot be divided by: give a damping above 0, or leave the layer out")
         return Lambda + added
 
     @cached_property

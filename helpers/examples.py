@@ -16,8 +16,11 @@ def check_targets(batches, task, argument, digest=None):
     and an empty one, and, for causal_lm, for labels that are missing or belong to pads, and for an example that takes
     no loss (which batch, which row).
     """
+    if not callable(task):
+        raise TypeError(f"task must be a function (model, batch) -> (outputs, targets), got {task!r:.60}")
     if isinstance(batches, Mapping) or not (hasattr(batches, "__getitem__") and hasattr(batches, "__len__")):
-        raise ValueError(f"{argument}: got {type(batches).__name__}; give a list of batches")
+        raise ValueError(f"{argument}: got {type(batches).__name__}; give a list of batches, as list(loader) makes one "
+                         "of a loader that does not shuffle")
     if not len(batches):
         raise ValueError(f"{argument}: got no batches; tokenize(texts, tokenizer) makes them")
     examples, width, keys = 0, 0, set()
@@ -60,6 +63,9 @@ def _check_labels(batch, what):
     for name in ("input_ids", "attention_mask"):
         if batch.get(name) is not None and (batch[name].dim() != 2 or batch[name].shape != batch["input_ids"].shape):
             raise ValueError(f"{what}: {name} must be [examples, tokens], got {tuple(batch[name].shape)}")
+    for name, value in (("input_ids", batch["input_ids"]), ("labels", labels)):
+        if value is not None and (value.is_floating_point() or value.dtype is torch.bool):
+            raise ValueError(f"{what}: {name} must be integers, got {value.dtype}")
     if labels is None or labels.shape != batch["input_ids"].shape:
         raise ValueError(f"{what}: labels must have the shape {tuple(batch['input_ids'].shape)} of input_ids, got "
                          f"{None if labels is None else tuple(labels.shape)}: the ids, unshifted, -100 at pads")

@@ -9,11 +9,12 @@ from transformers.pytorch_utils import Conv1D
 from .examples import TOKENWISE
 from .head import head_gradient
 from .kernels import fast_kernels
-from .layers import capture, layer_shapes
+from .layers import capture, layer_shapes, precision
 from .tasks import (
     IGNORED,
     asked,
     causal_lm,
+    check_labels,
     draw_targets,
     embeddings_named,
     keyed_uniforms,
@@ -54,11 +55,15 @@ def token_gradients(model, batch, layers, task, seed=None, fast=(), hidden=None)
             outputs, targets = asked(task, model, batch)
             if not bool(targets_per_example(targets).all()):
                 raise ValueError("batches: an example has no target (all of its labels are -100): leave it out")
+            check_labels(outputs, targets)
             if seed is not None:
                 targets = draw_targets(outputs, targets, keyed_uniforms(batch, targets, seed))
             top, upstream = summed_loss(outputs, targets), None
         for name in layers:
             _check_taken(taken, name, batch)
+        if not top.requires_grad:
+            raise ValueError("task: its outputs depend on none of the layers, as if they were detached: return them as "
+                             "the model gives them")
         gradients = torch.autograd.grad(top, [taken[name][2] for name in layers], upstream, allow_unused=True)
     read = {name: _one_layer(model, batch, name, taken[name][0], grad) for name, grad in zip(layers, gradients)}
     return TokenGradients(*({name: value[i] for name, value in read.items()} for i in range(3)), hidden)
@@ -152,7 +157,7 @@ def fast_paths(model, batch, layers, task):
     """
     layer_shapes(model, layers)  # raises for what cannot be studied
     batch = {key: value[:2] for key, value in batch.items()}  # more would cost a pass where the vocabulary is large
-    eps = torch.finfo(next(model.parameters()).dtype).eps
+    eps = torch.finfo(precision(model)).eps
     slow, rtol = token_gradients(model, batch, layers, task), min(1000 * eps, 0.05)
     _check_layers(model, batch, layers, task, slow, rtol, 10 * eps)
     slow = slow.outputs

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .checkpoint import digest_of, job_of
-from .ekfac import fingerprint, rotated_gradients
+from .ekfac import EKFACFactors, fingerprint, rotated_gradients
 from .examples import by_length, check_targets
 from .gradients import fastest_gradients, finite
-from .layers import frozen, layer_shapes
+from .layers import check_model, frozen, layer_shapes
 from .output_tokens import output_token_scores
 from .streaming import stream_scores
 from .tasks import causal_lm
@@ -45,8 +45,8 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
     """
     if per not in PER:
         raise ValueError(f"per must be one of {PER}, got {per!r}")
-    if rank is not None and (rank < 1 or per == "token_pair"):
-        raise ValueError(f"rank must be None or at least 1, got {rank}" if rank < 1 else
+    if rank is not None and (not isinstance(rank, int) or rank < 1 or per == "token_pair"):
+        raise ValueError(f"rank must be None or at least 1, got {rank}" if not isinstance(rank, int) or rank < 1 else
                          f"rank must be None with per='token_pair', got {rank}: its pairs are of full rank")
     check_factors(model, factors)
     data = [None if out is None else hashlib.blake2b(digest_size=16) for _ in range(2)]
@@ -91,6 +91,10 @@ def _directions(gradients, factors, queries, damping, rank):
 
 def check_factors(model, factors):
     """Raises ValueError where the factors were fitted on other layers or another model."""
+    if not isinstance(factors, EKFACFactors):
+        raise TypeError(f"factors must be EKFACFactors, which fit_ekfac makes and EKFACFactors.load reads, got "
+                        f"{type(factors).__name__}")
+    check_model(model)
     layers = list(factors.A)
     missing = sorted(set(layers) - {name for name, _ in model.named_modules()})
     if missing:

@@ -36,6 +36,23 @@ def eager_attention(model):
 
 
 @contextmanager
+def forward_mode(model):
+    """Inside, PyTorch's attention and the experts of transformers' mixtures are made of plain operations, which
+    forward-mode AD can differentiate; afterwards as they were."""
+    configs = [module.config for module in model.modules() if getattr(
+        getattr(module, "config", None), "_experts_implementation_internal", None)]
+    before = [config._experts_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._experts_implementation_internal = "eager"
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels have no forward mode
+            yield
+    finally:
+        for config, name in reversed(list(zip(configs, before))):
+            config._experts_implementation_internal = name
+
+
+@contextmanager
 def fast_kernels(model):
     """Inside, PyTorch's attention on a CPU is `attend` where heads are narrow and that pays, and code that spells out
     what PyTorch has a kernel for calls that: GPT-Neo's attention, and GPT-2's GELU with a tanh.

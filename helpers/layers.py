@@ -16,6 +16,10 @@ def linear_layers(model, pattern):
     and where a matched module shares its weight with another one (a tied output head: its gradient would be half of
     the truth). What a pattern should leave out: r"^(?!lm_head)" is all but the head.
     """
+    check_model(model)
+    if not isinstance(pattern, str):
+        raise TypeError(f"layers: the pattern is a {type(pattern).__name__}; give one regular expression, such as "
+                        r"r'mlp|attn'")
     try:
         wanted = re.compile(pattern)
     except re.error as error:
@@ -31,6 +35,18 @@ def linear_layers(model, pattern):
     return found
 
 
+def check_model(model):
+    """TypeError for anything but a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}"
+                        + ": give its .model" * hasattr(model, "model"))
+
+
+def precision(model):
+    """The dtype of the model's first floating parameter; quantised ones are passed over."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
 def check_layer(model, name):
     """The module called `name`; raises ValueError where it is missing, not linear, or shares its weight."""
     if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in model.modules()):
@@ -40,6 +56,7 @@ def check_layer(model, name):
     module = modules.get(name)
     if not isinstance(module, (nn.Linear, Conv1D)):
         kind = "no such module" if module is None else type(module).__name__
+        kind = f"{type(module).__module__}.{kind}" if kind == "Linear" else kind  # a quantised one, for instance
         raise ValueError(f"layers: {name!r} is {kind} in {type(model).__name__}; "
                          "EK-FAC takes nn.Linear and Conv1D: choose with linear_layers(model, pattern)")
     shared = [other for other, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight]
@@ -51,7 +68,8 @@ def check_layer(model, name):
 
 def layer_shapes(model, layers):
     """{layer: (d_out, d_in + 1 if it has a bias else d_in)}; raises ValueError for no layers, or one string."""
-    if isinstance(layers, str) or not layers:
+    check_model(model)
+    if not isinstance(layers, (list, tuple)) or not layers:
         raise ValueError(f"layers must be a list of names, got {layers!r}: linear_layers(model, pattern) makes one")
     twice = [name for name in layers if list(layers).count(name) > 1]
     if twice:
@@ -59,7 +77,7 @@ def layer_shapes(model, layers):
     shapes = {}
     for name in layers:
         module = check_layer(model, name)
-        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
         shapes[name] = (d_out, d_in + (module.bias is not None))
     return shapes
 

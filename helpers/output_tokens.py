@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .examples import by_length
 from .gradients import fast_paths, last_hidden
 from .head import head_gradient
+from .kernels import forward_mode
 from .tasks import IGNORED, summed_loss
 
 IN_FLIGHT = 1 << 19  # examples × queries × T² in one forward pass: attention's matrices then stay in the cache
@@ -29,7 +29,7 @@ def output_token_scores(model, train, directions, task, progress=True):
     layers = list(directions)
     fast = "head" in fast_paths(model, groups[0][1], layers, task)
     parts, order = [], torch.cat([rows for rows, _ in groups]).argsort()
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # PyTorch's other kernels have no forward mode
+    with forward_mode(model), torch.no_grad():
         for rows, batch in tqdm(groups, "influence", disable=not progress):
             value = _batch_scores(_Call(model, _hidden if fast else task), weights, tangents, batch, fast)
             if not bool(value.isfinite().all()):

@@ -31,7 +31,8 @@ COLORS = {  # Okabe and Ito's palette; one meaning each in every notebook
 
 
 def save_figure(fig, name):
-    """Save figures/<name>.png, the same bytes for the same picture, and return its path relative to this folder.
+    """Save figures/<name>.png, the same bytes for the same picture, and return its path relative to this folder. It is
+    for the notebooks of this series; pictures of your own are saved by `fig.savefig("where/you/like.png")`.
 
     Fast mode (FAST=1) saves nothing and returns None. With a model or stories that are not the bundled ones
     (TINYSTORIES, STORIES), the file goes to out/, which git ignores. Both folders lie at the repository's root or,

@@ -27,11 +27,12 @@ class Query(NamedTuple):
     places: object = None
 
 
-def load_sources(model_source, stories_source=None, limit=None):
+def load_sources(model_source, stories_source=None, limit=None, openings=True):
     """(LM, training texts, held-out texts, whether both are bundled): the names are those of helpers.sources.
 
-    Where the stories have no validation split, the last HELD_OUT training stories are held out. limit: of the training
-    stories, by default MAX_STORIES or MAX_FOLDER_STORIES. Raises ValueError or OSError for sources that fail.
+    Where the stories have no validation split, the last HELD_OUT training stories are held out, if there are to be
+    openings; else none are. limit: of the training stories, by default MAX_STORIES or MAX_FOLDER_STORIES. Raises
+    ValueError or OSError for sources that fail.
     """
     if not stories_source and model_source not in ("bundled", "hub"):
         raise ValueError(f"{model_source!r} names a model; name its stories as well, a folder, a file or hub: "
@@ -40,6 +41,9 @@ def load_sources(model_source, stories_source=None, limit=None):
     lm = load_lm(model_source)
     limit = MAX_STORIES.get(stories_source, MAX_FOLDER_STORIES) if limit is None else limit
     stories = list(load_stories(stories_source, "train", limit)["text"])
+    bundled = model_source == stories_source == "bundled"
+    if not openings:
+        return lm, stories, [], bundled
     try:
         held_out = list(load_stories(stories_source, "validation", HELD_OUT)["text"])
     except FileNotFoundError:
@@ -48,7 +52,7 @@ def load_sources(model_source, stories_source=None, limit=None):
                              f"more than {HELD_OUT}, of which the last are held out") from None
         print("No validation split: the openings are those of the last training stories, which are left out.")
         stories, held_out = stories[:-HELD_OUT], stories[-HELD_OUT:]
-    return lm, stories, held_out, model_source == stories_source == "bundled"
+    return lm, stories, held_out, bundled
 
 
 def asked(lm, given, held_out, told, n):

@@ -1,5 +1,7 @@
 """Before a long run on your own model: is it set up right (`check_setup`), and will it fit (`factor_bytes`)?"""
 
+import math
+
 import pandas as pd
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -9,10 +11,11 @@ from .ekfac import fit_ekfac
 from .examples import check_targets
 from .gradients import token_gradients
 from .influence import influence
-from .layers import frozen, layer_shapes
-from .tasks import asked, causal_lm, summed_loss, targets_per_example
+from .layers import frozen, layer_shapes, precision
+from .tasks import IGNORED, asked, causal_lm, check_labels, summed_loss, targets_per_example
 
 FEW = 4  # examples that are looked at
+GUESS = 1.2  # times log(classes): a mean loss beyond it is no noise of a model that guesses
 STEP = 1e-4  # of the query's loss, that the finite difference moves it by
 
 
@@ -32,24 +35,30 @@ def check_setup(model, batches, layers, task=causal_lm):
     """A DataFrame (check, passed, found, wanted, if it fails): five minutes' worth of doubts about a set-up.
 
     labels: the summed loss is the model's own mean loss times its number of targets (None where the model gives no
-    loss); one by one: the loss of an example (the worst one's is shown) does not depend on the others in its batch;
-    pads: three more positions, masked and with label -100, change nothing, and no position at an end is attended to
-    without a target; gradient: Σ_t Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size:
-    the step θ ± η P(∇L_m) along the first example's preconditioned gradient changes its loss by ∓ η I(m, m) (None in
-    half precision, which loses so small a step). The first examples of the first batch are used, so it takes little
-    more than the eigenvectors of the layers: seconds for a small model, minutes for all MLP layers of GPT-2, where
-    those of one block will do. The model comes back as it was. Raises ValueError for layers that the model lacks and
-    for bad batches; what else fit_ekfac would refuse stands under gradient.
+    loss), and for causal_lm the labels are the tokens themselves; guess: for causal_lm, the mean loss of a target is
+    not beyond that of a blind guess (the tokens of another tokenizer, a model without weights); one by one: the loss of
+    an example (the worst one's is shown) does not depend on the others in its batch; pads: without its pads, and with
+    three more, an example has the same loss, and no position at an end is attended to without a target; gradient: Σ_t
+    Ds_t ā_tᵀ is autograd's gradient of every layer's weight and bias; sign and size: the step θ ± η P(∇L_m) along the
+    first example's preconditioned gradient changes its loss by ∓ η I(m, m). These three are None where weights are
+    quantised, the last two also in half precision, which loses so small a step. The first examples of the first batch
+    are used, so it takes little more than the eigenvectors of the layers: seconds for a small model, minutes for all
+    MLP layers of GPT-2, where those of one block will do. The model comes back as it was. Raises ValueError for layers
+    that the model lacks and for bad batches, IndexError for tokens or labels that the model does not know; what else
+    fit_ekfac would refuse stands under gradient.
     """
     check_targets(batches, task, "batches")
     layer_shapes(model, layers)
     batch = {key: value[:FEW] for key, value in batches[0].items()}
-    rtol = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-2  # bfloat16 and the like
-    rtol = 1e-6 if next(model.parameters()).dtype == torch.float64 else rtol
+    rtol = {torch.float64: 1e-6, torch.float32: 1e-3}.get(precision(model), 1e-2)  # bfloat16 and the like
     with frozen(model):
-        rows = [check(model, batch, task, rtol) for check in (_labels, _one_by_one, _pads)]
+        _loss(model, batch, task)  # raises what has a name, before the model is asked itself
+        rows = [check(model, batch, task, rtol) for check in (_labels, _guess, _one_by_one, _pads)]
+        quantised = [name for name in layers if not model.get_submodule(name).weight.is_floating_point()]
         try:
-            rows += [_gradient(model, batch, layers, task, rtol), *_step(model, batch, layers, task)]
+            rows += [(what, None, f"the weights of {quantised[0]!r} are quantised", "", "load it as it was trained")
+                     for what in ("gradient", "sign", "size")] if quantised else [
+                _gradient(model, batch, layers, task, rtol), *_step(model, batch, layers, task)]
         except ValueError as error:
             rows.append(("gradient", False, str(error), "", "fit_ekfac and influence refuse it"))
     return pd.DataFrame(rows, columns=["check", "passed", "found", "wanted", "if it fails"])
@@ -57,7 +66,9 @@ def check_setup(model, batches, layers, task=causal_lm):
 
 def _loss(model, batch, task):
     with torch.no_grad():
-        return float(summed_loss(*asked(task, model, batch)).double())
+        outputs, targets = asked(task, model, batch)
+        check_labels(outputs, targets)
+        return float(summed_loss(outputs, targets).double())
 
 
 def _close(x, y, rtol):
@@ -75,11 +86,25 @@ def _labels(model, batch, task, rtol):
         mean = None
     finally:
         logging.set_verbosity(level)
+    if task is causal_lm:
+        wrong = (batch["labels"] != IGNORED) & (batch["labels"] != batch["input_ids"])
+        if bool(wrong.any()):
+            return ("labels", False, f"{int(wrong.sum())} labels are not the token at their position", 0,
+                    "labels are the input_ids themselves, unshifted: causal_lm shifts")
     targets = asked(task, model, batch)[1]
     if mean is None or targets.is_floating_point():
         return "labels", None, "the model gives no loss of its own, or one of another unit", "", told
     found, n = _loss(model, batch, task), int(targets_per_example(targets).sum())
     return "labels", _close(found, float(mean) * n, rtol), found, float(mean) * n, told
+
+
+def _guess(model, batch, task, rtol):
+    told = "it does worse than a blind guess: are these its tokenizer's ids, and its weights?"
+    if task is not causal_lm:
+        return "guess", None, "no language model", "", told
+    outputs, targets = asked(task, model, batch)
+    found, blind = _loss(model, batch, task) / int((targets != IGNORED).sum()), math.log(outputs.shape[-1])
+    return "guess", found <= GUESS * blind, found, f"below {blind:.2f}", told
 
 
 def _one_by_one(model, batch, task, rtol):
@@ -95,17 +120,28 @@ def _one_by_one(model, batch, task, rtol):
 
 def _pads(model, batch, task, rtol):
     told = "give attention_mask = 0 and label -100 to every pad; the model must use the mask"
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if mask is None or labels is None or labels.shape != mask.shape:
-        return "pads", None, "no labels along a token axis with a mask", "", told
+    ids, mask, labels = (batch.get(name) for name in ("input_ids", "attention_mask", "labels"))
+    if ids is None or labels is None or labels.shape != ids.shape:
+        return "pads", None, "no labels along a token axis", "", told
+    if mask is None:
+        runs = (ids == ids[:, -1:]).flip(1).long().cumprod(1).sum(1)  # how often the last id stands at the end
+        if int(runs.max()) > 2:
+            return "pads", False, f"no attention_mask, and {int(runs.max())} times the same id at an end", 0, told
+        mask = torch.ones_like(ids)
     last = (labels != -100).long().cumsum(1).argmax(1)  # the last target of every example
     behind = ((torch.arange(mask.shape[1], device=mask.device) > last[:, None]) & mask.bool()).sum(1)
     if int(behind.max()) > min(int(behind.min()), 1):  # one in every example is an end token behind a completion
         return "pads", False, f"{int(behind.sum())} positions behind the last target are attended to", 0, told
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    if "attention_mask" not in batch:
+        return "pads", None, "no attention_mask: every position counts", "", told
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     pad = lambda key, value: torch.nn.functional.pad(value, (0, 3), value=fill.get(key, 0))
     longer = {key: pad(key, value) if value.shape == mask.shape else value for key, value in batch.items()}
-    found, wanted = _loss(model, longer, task), _loss(model, batch, task)
+    bare = [{key: value[n:n + 1, mask[n].bool()] if value.shape == mask.shape else value[n:n + 1]
+             for key, value in batch.items()} for n in range(len(mask))]
+    found, wanted = _loss(model, longer, task), sum(_loss(model, one, task) for one in bare)
+    if not mask[:, 0].all():
+        told = "the model counts positions from the pads on the left: pad on the right, or give position_ids; " + told
     return "pads", _close(found, wanted, rtol), found, wanted, told
 
 
@@ -132,7 +168,7 @@ def _gradient(model, batch, layers, task, rtol):
 def _step(model, batch, layers, task):
     one = {key: value[:1] for key, value in batch.items()}
     factors = fit_ekfac(model, [batch], layers, task, progress=False)
-    score, dtype = float(influence(model, factors, [one], [one], task, progress=False)), next(model.parameters()).dtype
+    score, dtype = float(influence(model, factors, [one], [one], task, progress=False)), precision(model)
     told = ("a step along P(∇L) raises the loss: a sign is wrong, or there is no gradient",
             "the loss moves by another amount than −η I: parts of the gradient are missing, or the model is random")
     if dtype.itemsize < 4:

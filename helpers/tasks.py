@@ -66,6 +66,7 @@ def asked(task, model, batch):
         given, n = task(model, batch), len(next(iter(batch.values())))
     if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, torch.Tensor) for x in given)):
         kind = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        kind = f"({', '.join(type(part).__name__ for part in given)})" if isinstance(given, tuple) else kind
         raise ValueError(f"task: it returned {kind}; it must return (outputs [..., C], targets [...]), of which "
                          "the loss is formed here: cross-entropy for integers, ½‖y − f‖² for floats")
     outputs, targets = given
@@ -102,7 +103,7 @@ def draw_targets(outputs, targets, uniforms):
     """
     if targets.is_floating_point():
         return outputs.detach() + torch.special.ndtri(uniforms).to(outputs.dtype)
-    check_classes(targets[targets != IGNORED], outputs.shape[-1])
+    check_labels(outputs, targets)
     rows = max(1, CHUNK // outputs.shape[-1])
     parts = zip(outputs.detach().flatten(0, -2).split(rows), uniforms.flatten().split(rows))
     drawn = torch.cat([_inverse(part.double().softmax(-1).cumsum(-1), u) for part, u in parts]).view(targets.shape)
@@ -112,6 +113,12 @@ def draw_targets(outputs, targets, uniforms):
 def _inverse(cdf, uniforms):
     """The first class [n] at which the distribution function [n, C] reaches the uniforms [n]."""
     return (cdf < uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp_(max=cdf.shape[-1] - 1)
+
+
+def check_labels(outputs, targets):
+    """As `check_classes`, for the integer targets [...] of outputs [..., C] that take a loss."""
+    if not targets.is_floating_point():
+        check_classes(targets[targets != IGNORED], outputs.shape[-1])
 
 
 def check_classes(targets, classes):

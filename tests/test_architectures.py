@@ -58,6 +58,19 @@ def test_the_check_up_passes_and_parts_sum_up(kind):
     assert not token[:, real == 0].any()
 
 
+def test_experts_of_a_mixture_in_forward_mode():
+    """transformers' grouped products have no forward mode; the experts are computed one by one meanwhile."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **{**SMALL, **GROUPED, "num_local_experts": 4})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before, layers = config._experts_implementation, linear_layers(model, "self_attn")
+    factors = fit_ekfac(model, batches(), layers, progress=False)
+    scores, output = (influence(model, factors, batches()[:1], batches(), per=per, progress=False)
+                      for per in ("sequence", "output_token"))
+    assert torch.allclose(output.sum(2), scores, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
+    assert model.config._experts_implementation == before != "eager"
+
+
 def test_a_head_of_another_width_goes_the_general_way():
     model = ElectraForCausalLM(ElectraConfig(**SMALL, embedding_size=16, is_decoder=True)).eval()
     with frozen(model):

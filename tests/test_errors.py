@@ -17,6 +17,7 @@ from helpers import (
     linear_layers,
     lissa,
     self_influence,
+    tokenize,
 )
 from helpers.gradients import token_gradients
 from helpers.head import head_gradient
@@ -136,3 +137,40 @@ def test_long_jobs_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "ranks", SimpleNamespace(rank=lambda: 0, size=lambda: 2))
     with pytest.raises(ValueError, match="1 stories for 2 ranks: start at most one rank a story"):
         jobs.fit(stories=tmp_path, out=tmp_path / "fit", progress=False)
+
+
+def test_arguments_of_another_kind_are_named():
+    model, train = tiny.gpt2(), tiny.batches(tiny.stories(4))
+    layers = linear_layers(model, "mlp")
+    factors = fit_ekfac(model, train, layers, **QUIET)
+    ask = lambda *given, **named: influence(*given, **named, **QUIET)
+    cases = [
+        (lambda: ask(model, "out/job", train, train), "factors must be EKFACFactors, .* got str"),
+        (lambda: self_influence(model, train, factors), "factors must be EKFACFactors, .* got list"),
+        (lambda: linear_layers("gpt2", "mlp"), "model must be a torch.nn.Module, got str"),
+        (lambda: linear_layers(SimpleNamespace(model=model), "mlp"), "got SimpleNamespace: give its .model"),
+        (lambda: ask(SimpleNamespace(model=model), factors, train, train), "got SimpleNamespace: give its .model"),
+        (lambda: linear_layers(model, ["mlp"]), "the pattern is a list; give one regular expression"),
+        (lambda: fit_ekfac(model, train, layers, task="causal_lm", **QUIET), "task must be a function"),
+        (lambda: tokenize(SimpleNamespace(), ["text"]), "texts is a SimpleNamespace; give a list of strings"),
+        (lambda: fit_ekfac(model, train, dict.fromkeys(layers), **QUIET), "layers must be a list of names, got {"),
+        (lambda: ask(model, factors, train, train, damping="0.1"), "damping must be None or a number .* got 0.1"),
+        (lambda: ask(model, factors, train, train, rank=4.0), "rank must be None or at least 1, got 4.0"),
+    ]
+    for call, said in cases:
+        with pytest.raises((TypeError, ValueError), match=said):
+            call()
+
+
+def test_batches_and_outputs_of_another_kind_are_named():
+    model, (batch,) = tiny.gpt2(), tiny.batches(tiny.stories(4))
+    layers = linear_layers(model, "mlp")
+    for name in ("input_ids", "labels"):
+        with pytest.raises(ValueError, match=f"batch 0: {name} must be integers, got torch.float32"):
+            fit_ekfac(model, [batch | {name: batch[name].float()}], layers, **QUIET)
+    with pytest.raises(ValueError, match=r"got Loader; give a list of batches, as list\(loader\) makes"):
+        fit_ekfac(model, type("Loader", (), {"__iter__": lambda self: iter([batch])})(), layers, **QUIET)
+    with pytest.raises(ValueError, match=r"it returned \(dict, Tensor\); it must return"):
+        fit_ekfac(model, [batch], layers, lambda model, batch: ({"logits": 0}, batch["labels"]), **QUIET)
+    with pytest.raises(ValueError, match="depend on none of the layers, as if they were detached"):
+        fit_ekfac(model, [batch], layers, lambda *given: tuple(x.detach() for x in causal_lm(*given)), **QUIET)

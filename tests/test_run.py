@@ -69,6 +69,7 @@ def test_more_stories_than_are_held_out(tmp_path, rows, fits, capsys):
         return
     with pytest.raises(ValueError, match="has no validation split and 8 stories; give more than 8"):
         queries.load_sources("bundled", str(file))
+    assert [len(part) for part in queries.load_sources("bundled", str(file), openings=False)[1:3]] == [8, 0]
 
 
 def test_tellings_found_counts_stories_that_tell_it():
