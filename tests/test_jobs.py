@@ -115,7 +115,8 @@ def test_a_checkpoint_of_another_job_is_refused_by_what_differs(tmp_path):
     fit(model, tmp_path)
     for changes, named in (({"seed": 1}, "seed is '0' there and '1' here"), ({"labels": "true"}, "labels is 'sampled'"),
                            ({"layers": linear_layers(model, "attn")}, "layers is"), ({"task": Dying()}, "task is"),
-                           ({"batches": batches[::-1]}, "data is"), ({"batches": batches[:-1]}, "data is")):
+                           ({"batches": batches[::-1]}, r"data \(the batches"),
+                           ({"batches": batches[:-1]}, r"data \(the batches")):
         with pytest.raises(ValueError, match=f"(?s)another job: [^;]*{named}.*Name another place, or delete it"):
             fit(model, tmp_path, **changes)
     with torch.no_grad():
@@ -130,11 +131,11 @@ def test_scores_of_another_job_are_refused_by_what_differs(tmp_path):
     score(model, factors, out)
     before = out.read_bytes()
     for changes, named in (({"damping": 0.5}, "damping is None there and 0.5 here"), ({"rank": 2}, "rank is None"),
-                           ({"per": "layer"}, "per is 'sequence'"), ({"train": BATCHES[::-1]}, "data is"),
+                           ({"per": "layer"}, "per is 'sequence'"), ({"train": BATCHES[::-1]}, r"data \(the batches"),
                            ({"factors": fit(model, None, seed=3)}, "Lambda is")):
         with pytest.raises(ValueError, match=f"another job: [^;]*{named}"):
             score(model, **({"factors": factors, "out": out} | changes))
-    with pytest.raises(ValueError, match="queries is"):
+    with pytest.raises(ValueError, match=r"queries \(their batches\) is"):
         influence(model, factors, BATCHES[1:2], BATCHES, out=out, progress=False)
     assert out.read_bytes() == before
     out.with_suffix(".json").unlink()
