@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import partial
+from numbers import Integral
 
 import pandas as pd
 import torch
@@ -45,8 +46,9 @@ def influence(model, factors, queries, train, task=causal_lm, damping=None, rank
     """
     if per not in PER:
         raise ValueError(f"per must be one of {PER}, got {per!r}")
-    if rank is not None and (not isinstance(rank, int) or rank < 1 or per == "token_pair"):
-        raise ValueError(f"rank must be None or at least 1, got {rank}" if not isinstance(rank, int) or rank < 1 else
+    whole = isinstance(rank, Integral) and rank >= 1
+    if rank is not None and (not whole or per == "token_pair"):
+        raise ValueError(f"rank must be None or a whole number of at least 1, got {rank!r}" if not whole else
                          f"rank must be None with per='token_pair', got {rank}: its pairs are of full rank")
     check_factors(model, factors)
     data = [None if out is None else hashlib.blake2b(digest_size=16) for _ in range(2)]
@@ -90,7 +92,7 @@ def _directions(gradients, factors, queries, damping, rank):
 
 
 def check_factors(model, factors):
-    """Raises ValueError where the factors were fitted on other layers or another model."""
+    """Raises ValueError where the factors were fitted on other layers or another model, TypeError for other things."""
     if not isinstance(factors, EKFACFactors):
         raise TypeError(f"factors must be EKFACFactors, which fit_ekfac makes and EKFACFactors.load reads, got "
                         f"{type(factors).__name__}")

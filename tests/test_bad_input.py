@@ -97,7 +97,7 @@ def test_factors_of_another_model(model, factors):
 def test_per_and_rank_and_k(model, factors):
     with pytest.raises(ValueError, match="per must be one of .*'sequence'.*got 'tokens'"):
         influence(model, factors, BATCHES, BATCHES, per="tokens", **QUIET)
-    with pytest.raises(ValueError, match="rank must be None or at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank must be None or a whole number of at least 1, got 0"):
         influence(model, factors, BATCHES, BATCHES, rank=0, **QUIET)
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"k={k} with scores of shape"):
