@@ -31,6 +31,10 @@ KINDS = {
     "qwen3": ({**GROUPED, "head_dim": 8}, BOTH), "phi3": (GROUPED, BOTH), "mistral": (GROUPED, BOTH),
     "cohere": ({**GROUPED, "logit_scale": 0.5}, ["kernels"]),
     "bert": ({"is_decoder": True}, ["kernels"]),  # a layer between the last block and the head
+    "granite": ({**GROUPED, "logits_scaling": 2.0}, ["kernels"]), "glm": ({**GROUPED, "head_dim": 8}, BOTH),
+    "gemma3_text": ({**GROUPED, "head_dim": 8}, BOTH), "codegen": ({"rotary_dim": 4}, BOTH),
+    **{kind: (GROUPED, BOTH) for kind in ("olmo2", "smollm3", "stablelm", "starcoder2", "nemotron")},
+    **{kind: ({}, BOTH) for kind in ("gpt_bigcode", "persimmon", "biogpt")},
 }
 
 
@@ -68,6 +72,7 @@ def test_experts_of_a_mixture_in_forward_mode():
     scores, output = (influence(model, factors, batches()[:1], batches(), per=per, progress=False)
                       for per in ("sequence", "output_token"))
     assert torch.allclose(output.sum(2), scores, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
+    assert check_setup(model, batches(), layers).passed.all()
     assert model.config._experts_implementation == before != "eager"
 
 
