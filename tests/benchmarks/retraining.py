@@ -8,7 +8,8 @@ what EK-FAC's scores, `dot` what gradient dot products of what was left out add 
 `own` is the part of `predicted` that the tokens named for the fact itself make. `tokens` counts a token once that two
 facts name. Beside "EK-FAC, tokens" stand as many tokens drawn by lot in the same stories ("neighbors"), as many places
 of the same tokens drawn by lot in the corpus ("same words"), and the first token of the answer, once in each telling
-("answers").
+("answers"). "EK-FAC, its tellings" is the part of EK-FAC's list that tells the fact it is named for, "EK-FAC, no
+tellings" the list without that part, filled up with the next best; "random, again" is a second list drawn by lot.
 The scores of seed 1 are those of the bundled checkpoint pass03, of another seed those of its run with nothing left out.
 Seeded; a training whose rows are in the table is skipped, so a run that was stopped goes on with the next one. About
 nine minutes each on one core; two seeds can run side by side.
